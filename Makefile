@@ -44,7 +44,7 @@ check: lint types docs $(VENV)/.for-test  ## all that a change must pass: lint, 
 bench: $(VENV)/.for-bench  ## time our optimizers beside their peers and store the table
 	$(RUN) benchmarks $(ARGS)
 
-screenshot: $(VENV)/.for-test  ## run a small race and photograph its report for the README (needs Chromium)
+screenshot: $(VENV)/.for-test  ## photograph the newest report under runs/ for the README (needs Chromium)
 	$(BIN)/python docs/screenshot.py $(ARGS)
 
 constraints:  ## renew constraints.txt: the newest versions that the ranges of pyproject.toml allow

@@ -1,0 +1,105 @@
+"""What the documentation builds from data: results, benchmark tables, the command line and the files of the root."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"^<!-- generated: (?P<what>[a-z]+) ?(?P<argument>.*?) -->$", re.MULTILINE)
+FILES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md", "docs/": ""}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the generated text in the place of each `<!-- generated: WHAT [ARGUMENT] -->` line."""
+    makers = {"atlas": atlas, "evidence": evidence, "benchmark": benchmark, "commands": commands, "file": root_file}
+
+    def make(match: re.Match[str]) -> str:
+        argument = match["argument"].strip()
+        return makers[match["what"]](argument) if argument else makers[match["what"]]()
+
+    return MARK.sub(make, markdown)
+
+
+def atlas() -> str:
+    """The table of all recorded claims."""
+    return import_module("steepest.lab.atlas").markdown()
+
+
+def evidence(slug: str) -> str:
+    """The claims of one study and how they were judged."""
+    return import_module("steepest.lab.atlas").evidence_markdown(slug)
+
+
+def benchmark() -> str:
+    """The stored benchmark tables, newest form of each."""
+    parts = [_benchmark(json.loads(path.read_text())) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+    return "\n\n".join(parts) or "No table is stored yet. `make bench` measures and stores it."
+
+
+def commands() -> str:
+    """Each command of `steepest` with its options, as the program itself declares them."""
+    import typer
+
+    root = typer.main.get_command(import_module("steepest.lab.cli").app)
+    found: Mapping[str, Any] = getattr(root, "commands", {})
+    return "\n\n".join(_command(f"steepest {name}", command) for name, command in found.items())
+
+
+def root_file(name: str) -> str:
+    """A Markdown file of the repository's root, its links made relative to the site."""
+    text = (ROOT / name).read_text()
+    for source, target in FILES.items():
+        text = text.replace(f"]({source}", f"]({target}")
+    return text
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table. Bars and line ends in the cells are escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _command(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help" and not p.hidden]
+    usage = " ".join([name, *(a.name.upper() for a in arguments), *(["[OPTIONS]"] if options else [])])
+    parts = [f"## `{name}`", f"```text\n{usage}\n```", re.sub(r"[ \t]+\n", "\n", command.help or "")]
+    if arguments:
+        rows = [(f"`{a.name.upper()}`", getattr(a, "help", None)) for a in arguments]
+        parts.append(table(["Argument", "Meaning"], rows))
+    if options:
+        rows = [("`" + ", ".join([*o.opts, *o.secondary_opts]) + "`", o.help, _default(o)) for o in options]
+        parts.append(table(["Option", "Meaning", "Default"], rows))
+    return "\n\n".join(parts)
+
+
+def _default(option: Any) -> str:
+    value = option.default
+    if value is None or value == "" or callable(value) or (isinstance(value, list | tuple) and not value):
+        return ""
+    return f"`{value}`"
+
+
+def _benchmark(document: Mapping[str, Any]) -> str:
+    rows: Sequence[Mapping[str, Any]] = document.get("rows", [])
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    environment: Mapping[str, Any] = document.get("environment", {})
+    parts = [
+        f"## {document.get('title', 'Benchmark')}",
+        str(document.get("description", "")),
+        table(header, [[row.get(key) for key in header] for row in rows]) if rows else "",
+        "Measured with " + ", ".join(f"{key} {value}" for key, value in environment.items()) + "."
+        if environment
+        else "",
+        f"Recorded {document['recorded_at']}." if "recorded_at" in document else "",
+    ]
+    return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,63 @@
+"""Photograph the report of a race for the README: `python docs/screenshot.py [RUN_FOLDER | report.html]`.
+
+Without an argument, the newest report under runs/ is taken. Needs Playwright and a Chromium of the system.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "docs" / "assets" / "report.png"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def find_report(given: Path | None) -> Path:
+    """The report to photograph.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if given is not None:
+        report = given / "report.html" if given.is_dir() else given
+        if not report.is_file():
+            raise SystemExit(f"{report} is not there. Race first: make race")
+        return report
+    reports = sorted((ROOT / "runs").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
+    if not reports:
+        raise SystemExit("runs/ has no report. Race first: make race")
+    return reports[-1]
+
+
+def photograph(report: Path, target: Path, width: int, height: int) -> None:
+    """Write the first screen of the report, as a reader sees it, to `target` (PNG)."""
+    from playwright.sync_api import sync_playwright
+
+    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser_path is None:
+        raise SystemExit(f"No browser found; looked for {', '.join(BROWSERS)}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1.5)
+        page.goto(report.resolve().as_uri())
+        page.wait_for_timeout(1500)  # the charts draw themselves after the page has loaded
+        page.screenshot(path=target, animations="disabled")
+        browser.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", type=Path, nargs="?", help="a run's folder or a report.html; default: the newest run")
+    parser.add_argument("--output", type=Path, default=TARGET)
+    parser.add_argument("--width", type=int, default=1200)
+    parser.add_argument("--height", type=int, default=1150)
+    arguments = parser.parse_args()
+    report = find_report(arguments.report)
+    photograph(report, arguments.output, arguments.width, arguments.height)
+    print(f"{report} -> {arguments.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

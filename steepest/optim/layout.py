@@ -1,0 +1,95 @@
+"""How a parameter is seen as a stack of matrices (out, in): as it is, flattened, as a batch, split, or transposed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+LayoutName = Literal["auto", "matrix", "conv", "batch"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to see a parameter as matrices with outputs as rows and inputs as columns.
+
+    Attributes:
+        kind: ``"matrix"`` two dimensions as they are; ``"conv"`` a kernel (out, in, *k) as one matrix (out, in * prod k);
+            ``"batch"`` leading dimensions count matrices (experts); ``"auto"``: matrix in 2-D, batch in 3-D, conv above
+            (and so a 1-d convolution needs "conv" said). Scalars and vectors are single rows.
+        split: sizes of blocks along the output dimension that are matrices of their own (fused query, key, value).
+        transposed: the parameter is stored (in, out).
+    """
+
+    kind: LayoutName = "auto"
+    split: tuple[int, ...] | None = None
+    transposed: bool = False
+
+    def resolve(self, shape: Sequence[int]) -> "Layout":
+        """This layout for parameters of `shape`, with "auto" decided.
+
+        Raises:
+            ValueError: the shape does not fit the layout.
+        """
+        kind, ndim = self.kind, len(shape)
+        if kind not in get_args(LayoutName):
+            raise ValueError(f"layout must be one of {', '.join(get_args(LayoutName))}, got {kind!r}")
+        if kind == "auto":
+            kind = "matrix" if ndim <= 2 else "batch" if ndim == 3 else "conv"
+        if kind == "matrix" and ndim > 2:
+            raise ValueError(f"layout 'matrix' needs at most 2 dimensions, got a parameter of shape {tuple(shape)}")
+        if kind in ("conv", "batch") and ndim < 3:
+            raise ValueError(f"layout {kind!r} needs 3 dimensions or more, got a parameter of shape {tuple(shape)}")
+        if self.transposed and (kind == "conv" or ndim < 2):
+            raise ValueError(
+                f"transposed=True needs a matrix or a batch of them, got a parameter of shape {tuple(shape)}"
+            )
+        if self.split is not None:
+            split = tuple(self.split)
+            if ndim < 2:
+                raise ValueError(f"split needs a matrix, got a parameter of shape {tuple(shape)}")
+            rows = shape[0] if kind == "conv" else shape[-1] if self.transposed else shape[-2]
+            if not all(isinstance(size, int) and size > 0 for size in split) or sum(split) != rows:
+                raise ValueError(
+                    f"split must hold positive sizes that sum to the {rows} outputs of a parameter of shape "
+                    f"{tuple(shape)}, got {split!r}"
+                )
+        return Layout(kind, None if self.split is None else tuple(self.split), self.transposed)
+
+    def blocks(self, tensor: Shaped[Tensor, "..."], order: Sequence[int] | None = None) -> list[Tensor]:
+        """Views (batch, rows, columns) of `tensor`, one per block; a resolved layout is needed.
+
+        Args:
+            tensor: a parameter, or its gradient or momentum.
+            order: for convolutions, the order of the input dimensions in memory (`memory_order` of the parameter), so
+                that a channels-last kernel is seen without a copy.
+        """
+        if tensor.ndim < 2:
+            return [tensor.reshape(1, 1, -1) if not tensor.is_contiguous() else tensor.view(1, 1, -1)]
+        if self.kind == "conv":
+            ordered = tensor if order is None else tensor.permute(0, *order)
+            matrices = ordered.reshape(1, tensor.shape[0], -1)
+        else:
+            matrices = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
+        if self.transposed:
+            matrices = matrices.mT
+        return [matrices] if self.split is None else list(matrices.split(self.split, dim=1))
+
+    def shape_of(self, shape: Sequence[int], block: int) -> tuple[int, ...]:
+        """(out, in, *kernel) of one block: what shape-dependent radii are functions of."""
+        if len(shape) < 2:
+            return (math.prod(shape),)
+        if self.kind == "conv":
+            rest = tuple(shape[1:])
+            rows = shape[0]
+        else:
+            rest = (shape[-2] if self.transposed else shape[-1],)
+            rows = shape[-1] if self.transposed else shape[-2]
+        return (rows if self.split is None else self.split[block], *rest)
+
+
+def memory_order(parameter: Tensor) -> tuple[int, ...]:
+    """Dimensions 1.. of `parameter` from the slowest to the fastest in memory."""
+    return tuple(sorted(range(1, parameter.ndim), key=parameter.stride, reverse=True))

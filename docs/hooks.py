@@ -1,14 +1,18 @@
 """What the documentation builds from data: results, benchmark tables, the command line and the files of the root."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"^<!-- generated: (?P<what>[a-z]+) ?(?P<argument>.*?) -->$", re.MULTILINE)
+FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
+LOG = logging.getLogger("mkdocs.hooks.steepest")
 FILES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md", "docs/": ""}
 
 
@@ -21,6 +25,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return makers[match["what"]](argument) if argument else makers[match["what"]]()
 
     return MARK.sub(make, markdown)
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Turn formulas into MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert
+
+    def make(match: re.Match[str]) -> str:
+        latex = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", unescape(match["latex"]))
+        made = convert(latex, display="block" if match["tag"] == "div" else "inline")
+        if unknown := re.search(r"\\[a-zA-Z]+", made):
+            LOG.warning("%s: the formula %r uses %s, which is not known", page.file.src_uri, latex, unknown[0])
+        return made
+
+    return FORMULA.sub(make, html)
 
 
 def atlas() -> str:

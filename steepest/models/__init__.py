@@ -1,0 +1,24 @@
+"""The reference models that studies and races train: a GPT (dense or with experts), an MLP and a small ResNet."""
+
+from steepest.models.attention import Attention, rotary_table, rotate
+from steepest.models.gpt import GPT, Block, GPTConfig
+from steepest.models.mlp import MLP
+from steepest.models.moe import Balancer, Experts, MoE, SwiGLU, SwitchBalancer, load_metrics
+from steepest.models.resnet import ResNet
+
+__all__ = [
+    "GPT",
+    "MLP",
+    "Attention",
+    "Balancer",
+    "Block",
+    "Experts",
+    "GPTConfig",
+    "MoE",
+    "ResNet",
+    "SwiGLU",
+    "SwitchBalancer",
+    "load_metrics",
+    "rotary_table",
+    "rotate",
+]

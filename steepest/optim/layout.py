@@ -16,7 +16,7 @@ class Layout:
     """How to see a parameter as matrices with outputs as rows and inputs as columns.
 
     Attributes:
-        kind: ``"matrix"`` two dimensions as they are; ``"conv"`` a kernel (out, in, *k) as one matrix (out, in * prod k);
+        kind: ``"matrix"`` two dimensions as they are; ``"conv"`` a kernel (out, in, *k) as a matrix (out, in * prod k);
             ``"batch"`` leading dimensions count matrices (experts); ``"auto"``: matrix in 2-D, batch in 3-D, conv above
             (and so a 1-d convolution needs "conv" said). Scalars and vectors are single rows.
         split: sizes of blocks along the output dimension that are matrices of their own (fused query, key, value).

@@ -1,0 +1,453 @@
+"""The engine of every norm-based optimizer: momentum, a direction by a norm's oracle, a step; equal shapes at once."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from steepest.geometry import Norm, get_norm
+from steepest.geometry.matrix_norms import Schatten
+from steepest.geometry.norms import Lp
+from steepest.geometry.scaled import Scaled
+from steepest.optim.layout import Layout, LayoutName, memory_order
+from steepest.optim.step_rules import StepRule, Unit
+
+MomentumForm = Literal["ema", "heavy_ball", "lion"]
+NonFinite = Literal["raise", "skip", "ignore"]
+AdjustLr = Literal["none", "original", "match_rms_adamw", "spectral"]
+
+# Elements handled at once. Cheap norms work in pieces that stay in a core's cache; matrix functions take as many
+# matrices as one workspace holds.
+_CHEAP_CHUNK = 1 << 18
+_MATRIX_CHUNK = 1 << 26
+
+
+class SteepestDescent(Optimizer):
+    r"""Descent along the steepest direction of a norm, $x \leftarrow (1 - lr\,\lambda) x + lr\,s\eta\,\mathrm{lmo}(m)$.
+
+    m is the momentum of the gradient, lmo the norm's minimiser of $\langle m, \cdot \rangle$ over its unit ball, s
+    the shape factor of `adjust_lr_fn`, and $\eta$ the length of the step rule (one, unless said otherwise). `Muon`,
+    `Scion`, `SignDescent` and `NormalizedDescent` are this class with their papers' settings.
+
+    Matrices of equal shape are updated in one batched computation. Momenta have the dtype of their parameters; one
+    buffer per parameter is all the state, none without momentum.
+
+    Args:
+        params: parameters, named parameters, or groups of them. Every keyword below but `step_rule`, `maximize` and
+            `foreach` can be set per group.
+        lr: learning rate, a number or a tensor of one element.
+        norm: a `steepest.geometry.Norm` or the name of one (`steepest.geometry.NORMS`).
+        momentum: weight of the past, in [0, 1).
+        momentum_form: ``"ema"`` $b \leftarrow \mu b + (1-\mu) g$; ``"heavy_ball"`` $b \leftarrow \mu b + g$;
+            ``"lion"``: m is $\beta b + (1-\beta) g$ with $\beta$ = `interpolation`, then b moves as an EMA.
+        nesterov: m looks one step ahead: $\mu b + (1-\mu) g$ (ema), $g + \mu b$ (heavy ball). Else m = b.
+        interpolation: see `momentum_form`.
+        weight_decay: $\lambda$, decoupled from the gradient.
+        constrained: x stays in the norm's ball: $x \leftarrow (1 - lr)\,x + lr\,\mathrm{lmo}(m)$, the Frank-Wolfe
+            step; lr at most 1, and no other weight decay.
+        adjust_lr_fn: factor s of a matrix (out, in): ``"none"`` 1; ``"original"`` $\sqrt{\max(1, out/in)}$;
+            ``"match_rms_adamw"`` $0.2\sqrt{\max(out, in)}$, so that learning rates of AdamW carry over; ``"spectral"``
+            $\sqrt{out/in}$, the operator norm between RMS norms.
+        nonfinite: what a gradient with NaN or infinity does, before anything is changed: ``"raise"`` an error,
+            ``"skip"`` the step (counted in `skipped_steps`), or ``"ignore"``: no check (and none of its cost).
+        layout: how a parameter is seen as matrices, see `steepest.optim.layout.Layout`.
+        split: sizes of blocks along the outputs that are matrices of their own (a fused QKV projection), or None.
+        transposed: parameters are stored (in, out).
+        step_rule: a `steepest.optim.StepRule`; default `Unit()`.
+        maximize: ascend instead.
+        foreach: False treats one matrix at a time; None and True batch those of equal shape. Results agree to rounding.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, or a parameter that does not fit its norm or layout.
+        TypeError: complex or sparse parameters or gradients, or an integer parameter.
+        FloatingPointError: a non-finite gradient under ``nonfinite="raise"``.
+
+    Example:
+        >>> import torch
+        >>> from steepest.optim import SteepestDescent
+        >>> layer = torch.nn.Linear(8, 4, bias=False)
+        >>> optimizer = SteepestDescent(layer.parameters(), lr=0.1, norm="max_row", momentum=0.9)
+        >>> layer(torch.randn(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        norm: str | Norm = "euclidean",
+        momentum: float = 0.0,
+        momentum_form: MomentumForm = "ema",
+        nesterov: bool = False,
+        interpolation: float = 0.9,
+        weight_decay: float = 0.0,
+        constrained: bool = False,
+        adjust_lr_fn: AdjustLr = "none",
+        nonfinite: NonFinite = "raise",
+        layout: LayoutName = "auto",
+        split: Sequence[int] | None = None,
+        transposed: bool = False,
+        step_rule: StepRule | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        **extra_defaults: Any,
+    ) -> None:
+        self.step_rule = Unit() if step_rule is None else step_rule
+        if not isinstance(self.step_rule, StepRule):
+            raise TypeError(f"step_rule must be a StepRule, got {type(step_rule).__name__}")
+        self.foreach = foreach
+        defaults = {
+            "lr": lr,
+            "norm": norm,
+            "momentum": momentum,
+            "momentum_form": momentum_form,
+            "nesterov": nesterov,
+            "interpolation": interpolation,
+            "weight_decay": weight_decay,
+            "constrained": constrained,
+            "adjust_lr_fn": adjust_lr_fn,
+            "nonfinite": nonfinite,
+            "layout": layout,
+            "split": None if split is None else tuple(split),
+            "transposed": transposed,
+            "maximize": maximize,
+            "skipped_steps": 0,
+            **extra_defaults,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; all or nothing: a group that is refused leaves the optimizer as it was."""
+        before = len(self.param_groups)
+        try:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            group["norm"] = self._resolve_norm(group["norm"])
+            if group["split"] is not None:
+                group["split"] = tuple(group["split"])
+            _check_group(group, len(self.param_groups) - 1)
+            for parameter in group["params"]:
+                _check_parameter(parameter)
+                for _ in self._block_norms(parameter, group):
+                    pass
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``nonfinite="skip"`` has left out."""
+        return self.param_groups[0]["skipped_steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "step_rule": self.step_rule, "foreach": self.foreach}
+
+    def _resolve_norm(self, norm: str | Norm) -> str | Norm:
+        """What the group keeps as its norm."""
+        return get_norm(norm)
+
+    def _norm_for(self, shape: tuple[int, ...], group: dict[str, Any]) -> Norm:
+        """The norm of a block (out, in, *kernel)."""
+        return group["norm"].at(shape)
+
+    def _block_norms(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[tuple[Norm, float]]:
+        """Norm and shape factor of each block of a parameter; raises if they do not fit."""
+        layout = Layout(group["layout"], group["split"], group["transposed"]).resolve(parameter.shape)
+        for block in range(1 if layout.split is None else len(layout.split)):
+            shape = layout.shape_of(parameter.shape, block)
+            norm = self._norm_for(shape, group)
+            if len(shape) < 2 and not isinstance(_base(norm), Lp):
+                raise ValueError(
+                    f"norm {_base(norm)} is a norm of matrices, but a parameter has shape {tuple(parameter.shape)}; "
+                    "give vectors and scalars an entrywise norm or another optimizer (steepest.optim.build does)"
+                )
+            yield norm, _shape_factor(group["adjust_lr_fn"], shape)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model again, calls backward, and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._gradients_are_usable():
+            for group in self.param_groups:
+                group["skipped_steps"] += 1
+            return loss
+        waiting = []
+        for group in self.param_groups:
+            for bucket in self._buckets(group):
+                for chunk in _chunks(bucket, self.foreach):
+                    if not self.step_rule.needs_duals:
+                        _apply(chunk, bucket.norm.lmo(_momentum(chunk, group)), bucket.factor, group)
+                        continue
+                    direction, dual = bucket.norm.lmo_and_dual(_momentum(chunk, group))
+                    waiting.append((chunk, direction, dual.reshape(-1), bucket.factor, group))
+        if waiting:
+            duals = [dual.float() if dual.dtype != torch.float64 else dual for _, _, dual, _, _ in waiting]
+            device = duals[0].device
+            lengths = self.step_rule.lengths(torch.cat([dual.to(device) for dual in duals]))
+            pieces = lengths.split([len(dual) for dual in duals])
+            for (chunk, direction, _, factor, group), length in zip(waiting, pieces, strict=True):
+                scale = length.to(direction.device, direction.dtype)[:, None, None]
+                _apply(chunk, direction * scale, factor, group)
+        return loss
+
+    def _gradients_are_usable(self) -> bool:
+        """Refuse what cannot be stepped on, before anything is changed."""
+        checked = []
+        for index, group in enumerate(self.param_groups):
+            _check_group(group, index)
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if gradient.layout != torch.strided:
+                    raise TypeError(
+                        f"gradients must be dense, got layout {gradient.layout} for a parameter of shape "
+                        f"{tuple(parameter.shape)}; an embedding with sparse=True needs torch.optim.SparseAdam"
+                    )
+                if group["nonfinite"] != "ignore":
+                    checked.append((group, parameter, gradient))
+        bad = _first_nonfinite([gradient for _, _, gradient in checked])
+        if bad is None:
+            return True
+        group, parameter, _ = checked[bad]
+        if group["nonfinite"] == "skip":
+            return False
+        raise FloatingPointError(
+            f"the gradient of {self._name(group, parameter)} holds NaN or infinity; nothing was changed. Lower lr, "
+            "look for the cause, or pass nonfinite='skip' to leave such steps out"
+        )
+
+    @staticmethod
+    def _name(group: dict[str, Any], parameter: Tensor) -> str:
+        position = next(index for index, other in enumerate(group["params"]) if other is parameter)
+        name = group["param_names"][position] if "param_names" in group else f"number {position} of its group"
+        return f"parameter {name} (shape {tuple(parameter.shape)})"
+
+    def _buckets(self, group: dict[str, Any]) -> "list[_Bucket]":
+        """Blocks of equal shape, dtype, device and norm, in the order of the parameters."""
+        buckets: dict[Any, _Bucket] = {}
+        stateful = group["momentum"] > 0
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None or parameter.numel() == 0:
+                continue
+            layout = Layout(group["layout"], group["split"], group["transposed"]).resolve(parameter.shape)
+            order = memory_order(parameter) if layout.kind == "conv" else None
+            momentum = self._momentum_buffer(parameter) if stateful else gradient
+            views = zip(
+                layout.blocks(parameter, order),
+                layout.blocks(gradient, order),
+                layout.blocks(momentum, order),
+                self._block_norms(parameter, group),
+                strict=True,
+            )
+            for block, block_gradient, block_momentum, (norm, factor) in views:
+                key = (block.shape[1:], block.dtype, block.device, norm, factor)
+                bucket = buckets.setdefault(key, _Bucket(norm, factor, [], [], []))
+                bucket.parameters.append(block)
+                bucket.gradients.append(block_gradient)
+                bucket.momenta.append(block_momentum)
+        return list(buckets.values())
+
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state["momentum_buffer"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and tensors only (norms as text), so that `torch.load(..., weights_only=True)` reads it."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["norm"] = str(group["norm"])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: it comes from other groups, shapes or norms; the optimizer is then unchanged.
+        """
+        state, groups = state_dict.get("state"), state_dict.get("param_groups")
+        if groups is None or state is None:
+            raise ValueError(f"state_dict must hold 'state' and 'param_groups', got {', '.join(map(str, state_dict))}")
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"state_dict has {len(groups)} parameter groups, this optimizer {len(self.param_groups)}")
+        restored = []
+        for index, (saved, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if str(saved.get("norm")) != str(own["norm"]):
+                raise ValueError(
+                    f"state_dict was made with norm {saved.get('norm')} in group {index}, here it is {own['norm']}"
+                )
+            if len(saved["params"]) != len(own["params"]):
+                raise ValueError(
+                    f"group {index} of state_dict has {len(saved['params'])} parameters, here {len(own['params'])}"
+                )
+            for key, parameter in zip(saved["params"], own["params"], strict=True):
+                buffer = state.get(key, {}).get("momentum_buffer")
+                if buffer is not None and buffer.shape != parameter.shape:
+                    raise ValueError(
+                        f"state_dict has a momentum of shape {tuple(buffer.shape)} for a parameter of shape "
+                        f"{tuple(parameter.shape)} in group {index}"
+                    )
+            restored.append({**own, **saved, "norm": own["norm"], "params": saved["params"]})
+        super().load_state_dict({**state_dict, "param_groups": restored})
+        for group in self.param_groups:
+            if group["split"] is not None:
+                group["split"] = tuple(group["split"])
+
+
+@dataclass
+class _Bucket:
+    """Blocks (batch, m, n) that one batched computation updates."""
+
+    norm: Norm
+    factor: float
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    momenta: list[Tensor]
+
+
+def _chunks(bucket: _Bucket, foreach: bool | None) -> Iterator[_Bucket]:
+    """Pieces of a bucket: single blocks without `foreach`, else as many as the norm's workspace holds."""
+    limit = _MATRIX_CHUNK if isinstance(_base(bucket.norm), Schatten) else _CHEAP_CHUNK
+    if foreach is False:
+        limit = 0
+    start = size = 0
+    for end, block in enumerate(bucket.parameters):
+        if size and size + block.numel() > limit:
+            yield _slice(bucket, start, end)
+            start, size = end, 0
+        size += block.numel()
+    yield _slice(bucket, start, len(bucket.parameters))
+
+
+def _slice(bucket: _Bucket, start: int, end: int) -> _Bucket:
+    piece = slice(start, end)
+    return _Bucket(bucket.norm, bucket.factor, bucket.parameters[piece], bucket.gradients[piece], bucket.momenta[piece])
+
+
+def _momentum(chunk: _Bucket, group: dict[str, Any]) -> Tensor:
+    """Move the momenta of a chunk; return the read-only (batch, m, n) whose direction is taken."""
+    weight, gradients, momenta = group["momentum"], chunk.gradients, chunk.momenta
+    if weight == 0:
+        return _stack(gradients)
+    gradients = [gradient.to(buffer.dtype) for gradient, buffer in zip(gradients, momenta, strict=True)]
+    if group["momentum_form"] == "lion":
+        ahead = _stack(list(torch._foreach_lerp(gradients, momenta, group["interpolation"])))
+        torch._foreach_lerp_(momenta, gradients, 1 - weight)
+        return ahead
+    if group["momentum_form"] == "ema":
+        torch._foreach_lerp_(momenta, gradients, 1 - weight)
+        ahead = torch._foreach_lerp(gradients, momenta, weight) if group["nesterov"] else momenta
+    else:
+        torch._foreach_mul_(momenta, weight)
+        torch._foreach_add_(momenta, gradients)
+        ahead = torch._foreach_add(gradients, momenta, alpha=weight) if group["nesterov"] else momenta
+    return _stack(list(ahead))
+
+
+def _stack(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _apply(chunk: _Bucket, direction: Tensor, factor: float, group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    decay = 1 - lr if group["constrained"] else 1 - lr * group["weight_decay"]
+    if isinstance(decay, Tensor) or decay != 1:
+        torch._foreach_mul_(chunk.parameters, decay)
+    alpha = -factor if group["maximize"] else factor
+    blocks = direction.split([len(block) for block in chunk.parameters])
+    if isinstance(lr, Tensor):
+        blocks = direction.mul(lr.to(direction.device, direction.dtype) * alpha).split([len(b) for b in blocks])
+        torch._foreach_add_(chunk.parameters, blocks)
+    else:
+        torch._foreach_add_(chunk.parameters, blocks, alpha=lr * alpha)
+
+
+def _base(norm: Norm) -> Norm:
+    while isinstance(norm, Scaled):
+        norm = norm.base
+    return norm
+
+
+def _shape_factor(name: AdjustLr, shape: tuple[int, ...]) -> float:
+    rows, columns = shape[0], math.prod(shape[1:])
+    if name == "none" or len(shape) < 2 or 0 in shape:
+        return 1.0
+    if name == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(rows / columns)
+
+
+def _first_nonfinite(gradients: list[Tensor]) -> int | None:
+    """Position of the first tensor with NaN or infinity. A sum shows it in one fast pass, unless it overflowed."""
+    filled = [(index, gradient) for index, gradient in enumerate(gradients) if gradient.numel()]
+    if not filled:
+        return None
+    device = filled[0][1].device
+    sums = [gradient.sum(dtype=torch.float32 if gradient.itemsize < 4 else None) for _, gradient in filled]
+    finite = torch.stack([value.double().to(device) for value in sums]).isfinite()
+    if bool(finite.all()):
+        return None
+    for suspect in (~finite).nonzero().flatten().tolist():
+        index, gradient = filled[suspect]
+        if not bool(gradient.isfinite().all()):
+            return index
+    return None
+
+
+def _check_parameter(parameter: Tensor) -> None:
+    if parameter.is_complex() or not parameter.is_floating_point():
+        raise TypeError(f"parameters must be real floating-point tensors, got {parameter.dtype}")
+    if parameter.layout != torch.strided:
+        raise TypeError(f"parameters must be dense, got layout {parameter.layout}")
+
+
+def _check_group(group: dict[str, Any], index: int) -> None:
+    where = f"of parameter group {index} " if index else ""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr {where}must hold one number, got a tensor of shape {tuple(lr.shape)}")
+    else:
+        _check_number(lr, "lr", where, math.inf)
+        if group["constrained"] and lr > 1:
+            raise ValueError(f"lr {where}must be at most 1 when constrained=True, got {lr!r}")
+    _check_number(group["weight_decay"], "weight_decay", where, math.inf)
+    _check_number(group["momentum"], "momentum", where, 1.0)
+    _check_number(group["interpolation"], "interpolation", where, 1.0)
+    if group["constrained"] and group["weight_decay"]:
+        raise ValueError(f"weight_decay {where}must be 0 when constrained=True, got {group['weight_decay']!r}")
+    for name, choices in (
+        ("momentum_form", MomentumForm),
+        ("nonfinite", NonFinite),
+        ("adjust_lr_fn", AdjustLr),
+    ):
+        if group[name] not in get_args(choices):
+            raise ValueError(f"{name} {where}must be one of {', '.join(get_args(choices))}; got {group[name]!r}")
+
+
+def _check_number(value: Any, name: str, where: str, below: float) -> None:
+    bound = "" if below == math.inf else f" and below {below:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} {where}must be a number, got {type(value).__name__}")
+    if not 0 <= value < below:
+        raise ValueError(f"{name} {where}must be a finite number, at least 0{bound}; got {value!r}")

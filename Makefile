@@ -1,5 +1,5 @@
 # Everything needs only Python 3.11+ and make. The first call makes .venv and installs into it; later calls reuse it.
-#   make race ARGS="--task digits --seeds 3"      PYTHON=python3.12 make test
+#   make race ARGS="digits --seeds 3"      PYTHON=python3.12 make test
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=

@@ -89,22 +89,26 @@ def _cell(value: Any) -> str:
 def _command(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help" and not p.hidden]
-    usage = " ".join([name, *(a.name.upper() for a in arguments), *(["[OPTIONS]"] if options else [])])
+    usage = " ".join([name, *(_word(a) for a in arguments), *(["[OPTIONS]"] if options else [])])
     parts = [f"## `{name}`", f"```text\n{usage}\n```", re.sub(r"[ \t]+\n", "\n", command.help or "")]
     if arguments:
-        rows = [(f"`{a.name.upper()}`", getattr(a, "help", None)) for a in arguments]
+        rows = [(f"`{_word(a)}`", getattr(a, "help", None)) for a in arguments]
         parts.append(table(["Argument", "Meaning"], rows))
     if options:
         rows = [("`" + ", ".join([*o.opts, *o.secondary_opts]) + "`", o.help, _default(o)) for o in options]
-        parts.append(table(["Option", "Meaning", "Default"], rows))
+        width = 3 if any(row[2] for row in rows) else 2
+        parts.append(table(["Option", "Meaning", "Default"][:width], [row[:width] for row in rows]))
     return "\n\n".join(parts)
+
+
+def _word(argument: Any) -> str:
+    return argument.metavar or argument.name.upper()
 
 
 def _default(option: Any) -> str:
     value = option.default
-    if value is None or value == "" or callable(value) or (isinstance(value, list | tuple) and not value):
-        return ""
-    return f"`{value}`"
+    plain = isinstance(value, str | int | float | Path) and value is not False and value != ""
+    return f"`{value}`" if plain else ""
 
 
 def _benchmark(document: Mapping[str, Any]) -> str:

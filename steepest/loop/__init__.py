@@ -1,0 +1,11 @@
+"""The one loop: run a stepper, or a torch optimizer with its closure.
+
+`run` adds to any method what every long computation needs: progress, a history of metrics, callbacks, stop rules,
+atomic checkpoints and bit-exact resume.
+"""
+
+from steepest.loop.driver import run
+from steepest.loop.record import Record, Result, Stepper
+from steepest.loop.rules import Diverged, Seconds, Steps, Tolerance
+
+__all__ = ["Diverged", "Record", "Result", "Seconds", "Stepper", "Steps", "Tolerance", "run"]

@@ -102,13 +102,15 @@ def _command(name: str, command: Any) -> str:
 
 
 def _word(argument: Any) -> str:
-    return argument.metavar or argument.name.upper()
+    word = argument.metavar or argument.name.upper()
+    return word if argument.required else f"[{word}]"
 
 
 def _default(option: Any) -> str:
     value = option.default
-    plain = isinstance(value, str | int | float | Path) and value is not False and value != ""
-    return f"`{value}`" if plain else ""
+    if isinstance(value, bool):
+        return f"`{option.opts[0]}`" if value else ""
+    return f"`{value}`" if isinstance(value, str | int | float | Path) and value != "" else ""
 
 
 def _benchmark(document: Mapping[str, Any]) -> str:

@@ -104,8 +104,9 @@ def summary(atlas: Iterable[Entry]) -> str:
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in zip(VERDICTS, counts, strict=True))
     stale = [entry.slug for entry in atlas if entry.status == "stale"]
     missing = [entry.slug for entry in atlas if entry.status == "missing"]
+    kinds = [entry.kind for entry in atlas]
     parts = [
-        f"{sum(entry.kind == 'paper' for entry in atlas)} papers and {sum(entry.kind != 'paper' for entry in atlas)} survey",
+        f"{kinds.count('paper')} papers and {kinds.count('survey')} survey",
         f"{sum(entry.status != 'no study' for entry in atlas)} with a study",
         f"{sum(counts)} claims judged ({verdicts})",
     ]

@@ -8,14 +8,11 @@ written as the strings "NaN", "Infinity" and "-Infinity", and are numbers again 
 import json
 import math
 import os
-import platform
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -212,33 +209,6 @@ def numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     return [numbers(item) for item in value] if isinstance(value, list) else value
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions, processor and threads: what another person needs to know to compare numbers."""
-    import torch
-
-    found = {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _processor(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-    }
-    for name in ("steepest", "torch", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = getattr(sys.modules.get(name), "__version__", "unknown")
-    return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def results_folder() -> Path:

@@ -9,10 +9,18 @@ import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# Modules that never stale evidence: they say how a study looks, and compute nothing that is measured.
 HARNESS = {"studies._base"}
-"""Modules that never stale evidence: they say how a study looks, and compute nothing that is measured."""
+
+
+class _Use(NamedTuple):
+    """A module of the package, by its dotted path, and the attributes that are taken from it."""
+
+    module: tuple[str, ...]
+    names: tuple[str, ...]
 
 
 def fingerprint(module: Path, package: Path = PACKAGE) -> str:
@@ -37,9 +45,8 @@ def fingerprint(module: Path, package: Path = PACKAGE) -> str:
 def dependencies(module: Path, package: Path = PACKAGE) -> dict[str, Path]:
     """The modules of `package` whose code `module` runs, itself included, by their dotted name in the package."""
     package = package.resolve()
-    first = _Module(module.resolve(), package)
     found: dict[str, Path] = {}
-    waiting = [first]
+    waiting = [_Module(module.resolve(), package)]
     while waiting:
         current = waiting.pop()
         if current.name in found or current.name in HARNESS:
@@ -62,35 +69,33 @@ class _Module:
         self.name = ".".join(self.parts)
         self.tree = _parse(path.read_bytes())
 
-    def uses(self) -> set[tuple[str, ...]]:
-        """Dotted paths, relative to the package, of everything this module uses from it."""
-        bound: dict[str, tuple[str, ...]] = {}
-        used: set[tuple[str, ...]] = set()
+    def uses(self) -> set[_Use]:
+        """Everything this module uses from its package."""
+        bound: dict[str, set[_Use]] = {}
+        used: set[_Use] = set()
         for node in _running(self.tree):
-            for alias, target, binds_root in self._imported(node):
-                if binds_root:
-                    bound[alias] = ()
-                    used.add(target)
-                elif alias == "*":
+            for alias, target, through_root in self._imported(node):
+                if alias == "*":
                     used.add(target)
                 else:
-                    bound[alias] = target
-        seen: set[str] = set()
-        for root, attributes in _chains(self.tree):
-            if root in bound:
-                seen.add(root)
-                if bound[root] + attributes:
-                    used.add(bound[root] + attributes)
-        used.update(target for alias, target in bound.items() if alias not in seen and target)
-        return used
+                    bound.setdefault(alias, set()).add(_Use((), ()) if through_root else target)
+                    if through_root:
+                        bound.setdefault(f"{alias}.", set()).add(target)
+        chains = set(_chains(self.tree))
+        named = {root for root, _ in chains}
+        for root, attributes in chains:
+            used |= {_Use(target.module, target.names + attributes) for target in bound.get(root, ())}
+        for alias, targets in bound.items():
+            used |= targets if alias.rstrip(".") not in named else set()
+        return used - {_Use((), ())}
 
-    def exports(self, name: str) -> list[tuple[str, ...]]:
+    def exports(self, name: str) -> list[_Use]:
         """Where this package ``__init__`` takes the public `name` from, imports for type checkers included."""
         return [
             target
             for node in ast.walk(self.tree)
-            for alias, target, binds_root in self._imported(node)
-            if alias == name and not binds_root and target != (*self.parts, name)
+            for alias, target, through_root in self._imported(node)
+            if alias == name and not through_root and target != _Use(self.parts, (name,))
         ]
 
     def defines(self, name: str) -> bool:
@@ -103,14 +108,14 @@ class _Module:
                 return True
         return False
 
-    def _imported(self, node: ast.AST) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-        """(bound name, path in the package, whether the bound name is the package's root) of an import statement."""
+    def _imported(self, node: ast.AST) -> Iterator[tuple[str, _Use, bool]]:
+        """(bound name, what it is, whether the name is bound to the whole package) of an import statement."""
         root = self.package.name
         if isinstance(node, ast.Import):
             for item in node.names:
                 parts = tuple(item.name.split("."))
                 if parts[0] == root:
-                    yield item.asname or root, parts[1:], item.asname is None
+                    yield item.asname or root, _Use(parts[1:], ()), item.asname is None
         elif isinstance(node, ast.ImportFrom):
             parts = tuple(node.module.split(".")) if node.module else ()
             if node.level:
@@ -121,36 +126,33 @@ class _Module:
             else:
                 return
             for item in node.names:
-                if item.name == "*":
-                    yield "*", base, False
-                else:
-                    yield item.asname or item.name, (*base, item.name), False
+                star = item.name == "*"
+                yield "*" if star else item.asname or item.name, _Use(base, () if star else (item.name,)), False
 
 
-def _resolve(path: tuple[str, ...], package: Path, seen: set[tuple[str, ...]]) -> list[_Module]:
-    """The modules that stand behind a dotted path: a module, or the one that defines a name."""
-    if path in seen:
+def _resolve(use: _Use, package: Path, seen: set[_Use]) -> list[_Module]:
+    """The modules that stand behind a use: a module, or the one that defines a name."""
+    if use in seen:
         return []
-    seen.add(path)
-    folder = package
-    for index, part in enumerate(path):
-        init = folder / "__init__.py"
-        here = _Module(init, package) if init.is_file() else None
-        origins = here.exports(part) if here else []
-        if origins:
-            rest = path[index + 1 :]
-            return [module for origin in origins for module in _resolve(origin + rest, package, seen)]
-        if (folder / f"{part}.py").is_file():
-            return [_Module(folder / f"{part}.py", package)]
-        if (folder / part).is_dir():
-            folder = folder / part
-            continue
-        if here is None:
-            return []
-        # A name made by a lazy ``__getattr__`` cannot be followed: rather all modules of the folder than too few.
-        return [here] if here.defines(part) else [_Module(file, package) for file in sorted(folder.glob("*.py"))]
+    seen.add(use)
+    folder = package.joinpath(*use.module)
+    if use.module and folder.with_suffix(".py").is_file():
+        return [_Module(folder.with_suffix(".py"), package)]
     init = folder / "__init__.py"
-    return [_Module(init, package)] if init.is_file() else []
+    if not init.is_file():
+        return []
+    here = _Module(init, package)
+    if not use.names:
+        return [here]
+    first, rest = use.names[0], use.names[1:]
+    origins = here.exports(first)
+    if not origins and ((folder / f"{first}.py").is_file() or (folder / first).is_dir()):
+        origins = [_Use((*use.module, first), ())]
+    if origins:
+        further = (_Use(origin.module, origin.names + rest) for origin in origins)
+        return [module for target in further for module in _resolve(target, package, seen)]
+    # A name made by a lazy ``__getattr__`` cannot be followed: rather all modules of the folder than too few.
+    return [here] if here.defines(first) else [_Module(file, package) for file in sorted(folder.glob("*.py"))]
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:

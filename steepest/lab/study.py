@@ -15,8 +15,9 @@ from typing import Any, cast
 from steepest._errors import UserError
 from steepest._files import write_atomic
 from steepest.lab import evidence as evidence_file
-from steepest.lab.evidence import ClaimResult, Evidence, environment, numbers, plain
+from steepest.lab.evidence import ClaimResult, Evidence, numbers, plain
 from steepest.lab.fingerprint import PACKAGE, fingerprint
+from steepest.lab.machine import environment
 from steepest.studies._base import SCALES, Claim, Run, Scale
 
 STUDIES = PACKAGE / "studies"
@@ -117,11 +118,9 @@ def run_study(
     Raises:
         UserError: no such study or scale, or no GPU for scale "gpu".
     """
-    if scale not in SCALES:
-        raise UserError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    device = _device(scale)
+    device = _device(check_scale(scale))
     study = load(study) if isinstance(study, str) else study
-    around = environment(device)
+    around = _environment(device)
     folder = runs / study.slug / f"{scale}-{study.fingerprint[:12]}" if runs else None
     keep = _Kept(folder, {"fingerprint": study.fingerprint, "environment": around})
     results = []
@@ -134,7 +133,7 @@ def run_study(
             f"claim-{claim.id}",
             run,
             partial(_measure, study, claim, run),
-            partial(say, f"{claim.id}: already measured"),
+            partial(say, f"{study.slug} {claim.id}: already measured"),
         )
         result = ClaimResult(
             claim.id,
@@ -160,9 +159,29 @@ def record(evidence: Evidence, results: Path | None = None) -> Path:
     Raises:
         UserError: the evidence is of scale "smoke", which only shows that the machinery works.
     """
-    if evidence.scale == "smoke":
-        raise UserError("scale smoke only shows that the study runs; record at scale desktop or gpu")
+    check_recordable(evidence.scale)
     return evidence_file.save(evidence, (results or evidence_file.results_folder()) / f"{evidence.paper}.json")
+
+
+def check_scale(scale: str) -> Scale:
+    """`scale`, if it is one.
+
+    Raises:
+        UserError: it is not.
+    """
+    if scale not in SCALES:
+        raise UserError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    return scale
+
+
+def check_recordable(scale: Scale) -> None:
+    """Refuse to record at a scale that only shows that a study runs.
+
+    Raises:
+        UserError: the scale is "smoke".
+    """
+    if scale == "smoke":
+        raise UserError("scale smoke only shows that the study runs; record at scale desktop or gpu")
 
 
 def status(slug: str, results: Path | None = None) -> tuple[str, Evidence | None]:
@@ -205,11 +224,17 @@ def check_verdicts(evidence: Evidence) -> list[str]:
 
 
 def _measure(study: Study, claim: Claim, run: Run) -> Mapping[str, Any]:
-    run.say(f"{claim.id}: {claim.statement}")
+    run.say(f"{study.slug} {claim.id} ...")
     measured = study.measure(claim.id, run)
     if not isinstance(measured, Mapping) or not measured:
         raise TypeError(f"measure({claim.id!r}) of study {study.slug!r} must return numbers by name, got {measured!r}")
     return measured
+
+
+def _environment(device: str) -> dict[str, Any]:
+    import torch
+
+    return environment(torch.device(device))
 
 
 def _device(scale: Scale) -> str:

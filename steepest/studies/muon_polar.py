@@ -11,6 +11,7 @@ Sources: Jordan et al. 2024 (Muon); Amsel et al. 2025, arXiv 2505.16932 (Polar E
 
 import math
 from collections.abc import Mapping
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -209,14 +210,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _training(run: Run) -> dict[str, Any]:
-    rates = run.pick(smoke=[0.02], desktop=[0.005 * 1.6**power for power in range(8)])
+    rates = run.pick(smoke=[0.02], desktop=[0.002 * 1.6**power for power in range(9)])
     tuning, final = run.pick(smoke=(1, 1), desktop=(2, 5))
     found: dict[str, Any] = {"rates": rates, "best rate": {}, "tuning": {}, "train loss": {}, "test loss": {}}
     for name, options in VARIANTS.items():
         tuned = []
         for rate in rates:
             losses = [_train(run, seed, rate, options)["held-out loss"] for seed in range(100, 100 + tuning)]
-            tuned.append(sum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf)
+            tuned.append(fmean(losses) if all(map(math.isfinite, losses)) else math.inf)
             run.say(f"C7: {name}, learning rate {rate:.4g}: held-out loss {tuned[-1]:.4f}")
         found["tuning"][name] = tuned
         found["best rate"][name] = best = rates[min(range(len(rates)), key=lambda i: tuned[i])]
@@ -228,15 +229,11 @@ def _training(run: Run) -> dict[str, Any]:
 
 def _train(run: Run, seed: int, rate: float, options: Mapping[str, Any]) -> dict[str, float]:
     """Train an MLP on digits; the last 300 training images are held out for tuning."""
-    data, generator = digits(), run.generator(seed)
+    data, generator = digits(flat=True), run.generator(seed)
     train_x, train_y = data.train_x[:-300], data.train_y[:-300]
-    model = MLP([64, 128, 128, 10])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            bound = parameter.shape[-1] ** -0.5
-            parameter.uniform_(-bound, bound, generator=generator)
+    model = MLP([64, 128, 128, 10], generator=generator)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2][:-1]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    others = [parameter for parameter in model.parameters() if id(parameter) not in set(map(id, matrices))]
     optimizers = [
         Muon(matrices, lr=rate, weight_decay=0.0, **options),
         torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0),
@@ -261,6 +258,8 @@ def _train(run: Run, seed: int, rate: float, options: Mapping[str, Any]) -> dict
 
 
 def _within_spread(losses: Mapping[str, list[float]]) -> bool:
-    groups = [torch.tensor(values, dtype=torch.float64) for values in losses.values()]
-    spread = max(float(group.std()) for group in groups)
-    return len(groups[0]) >= 3 and abs(float(groups[0].mean() - groups[1].mean())) <= spread
+    groups = list(losses.values())
+    if min(map(len, groups)) < 3 or not all(math.isfinite(loss) for group in groups for loss in group):
+        return False
+    spread = max(stdev(group) for group in groups)
+    return abs(fmean(groups[0]) - fmean(groups[1])) <= spread

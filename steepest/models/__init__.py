@@ -4,6 +4,7 @@ from steepest.models.attention import Attention, rotary_table, rotate
 from steepest.models.gpt import GPT, Block, GPTConfig
 from steepest.models.mlp import MLP
 from steepest.models.moe import Balancer, Experts, MoE, SwiGLU, SwitchBalancer, load_metrics
+from steepest.models.norm import RMSNorm
 from steepest.models.resnet import ResNet
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Experts",
     "GPTConfig",
     "MoE",
+    "RMSNorm",
     "ResNet",
     "SwiGLU",
     "SwitchBalancer",

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steepest.models._init import bare, normal
+from steepest.models.norm import RMSNorm
 
 
 def rotary_table(
@@ -76,8 +77,8 @@ class Attention(nn.Module):
         self.k_proj: nn.Linear = bare(nn.Linear, width, kv_heads * self.head_width, **options)
         self.v_proj: nn.Linear = bare(nn.Linear, width, kv_heads * self.head_width, **options)
         self.o_proj: nn.Linear = bare(nn.Linear, heads * self.head_width, width, **options)
-        self.q_norm = nn.RMSNorm(self.head_width, norm_eps, dtype=dtype, device=device) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_width, norm_eps, dtype=dtype, device=device) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_width, norm_eps, dtype=dtype, device=device) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_width, norm_eps, dtype=dtype, device=device) if qk_norm else nn.Identity()
         self.residual_scale = residual_scale
         self.reset_parameters(generator)
 

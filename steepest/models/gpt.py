@@ -13,8 +13,9 @@ from steepest._checks import check_int
 from steepest.models._init import bare, normal
 from steepest.models.attention import Attention, rotary_table
 from steepest.models.moe import Balancer, MoE, SwiGLU, SwitchBalancer
+from steepest.models.norm import RMSNorm
 
-_EMBEDDING_STD = 0.02
+_HEAD_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Block(nn.Module):
         super().__init__()
         width, dtype = config.width, config.dtype
         scale = (2 * config.layers) ** -0.5
-        self.attention_norm = nn.RMSNorm(width, config.norm_eps, dtype=dtype, device=device)
+        self.attention_norm = RMSNorm(width, config.norm_eps, dtype=dtype, device=device)
         self.attention = Attention(
             width,
             config.heads,
@@ -126,7 +127,7 @@ class Block(nn.Module):
             generator=generator,
             residual_scale=scale,
         )
-        self.mlp_norm = nn.RMSNorm(width, config.norm_eps, dtype=dtype, device=device)
+        self.mlp_norm = RMSNorm(width, config.norm_eps, dtype=dtype, device=device)
         self.mlp: SwiGLU | MoE
         if config.experts:
             self.mlp = MoE(
@@ -163,8 +164,8 @@ class GPT(nn.Module):
     """A decoder-only transformer language model.
 
     Initial values: N(0, 1/fan_in) for hidden matrices, with the two that write to the residual stream scaled by
-    1/sqrt(2 layers); a small standard deviation for embedding and head, so that the first loss is close to
-    log(vocab_size).
+    1/sqrt(2 layers); N(0, 1) for the embedding, so that the blocks' first outputs do not drown it, and N(0, 0.02^2) for
+    the head, so that the first loss is close to log(vocab_size). A tied head and embedding get N(0, 1/width).
 
     Args:
         config: The shape.
@@ -199,7 +200,7 @@ class GPT(nn.Module):
         balancer = balancer or (lambda experts: SwitchBalancer(config.balance))
         options = {"dtype": config.dtype, "device": device}
         self.embedding: nn.Embedding = bare(nn.Embedding, config.vocab_size, config.width, **options)
-        normal(self.embedding.weight, _EMBEDDING_STD, generator)
+        normal(self.embedding.weight, config.width**-0.5 if config.tied else 1.0, generator)
         self.blocks = nn.ModuleList(
             Block(
                 config,
@@ -209,12 +210,12 @@ class GPT(nn.Module):
             )
             for _ in range(config.layers)
         )
-        self.norm = nn.RMSNorm(config.width, config.norm_eps, **options)
+        self.norm = RMSNorm(config.width, config.norm_eps, **options)
         self.head: nn.Linear = bare(nn.Linear, config.width, config.vocab_size, bias=False, **options)
         if config.tied:
             self.head.weight = self.embedding.weight
         else:
-            normal(self.head.weight, _EMBEDDING_STD, generator)
+            normal(self.head.weight, _HEAD_STD, generator)
         cos, sin = rotary_table(config.context, config.width // config.heads, config.rope_base, **options)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

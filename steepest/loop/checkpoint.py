@@ -62,7 +62,7 @@ class Part:
         if isinstance(owner, type) or not all(
             callable(getattr(owner, method, None)) for method in ("state_dict", "load_state_dict")
         ):
-            what = f"the class {owner.__name__}" if isinstance(owner, type) else f"a {type(owner).__name__}"
+            what = f"the class {owner.__name__}" if isinstance(owner, type) else repr(owner)
             raise TypeError(
                 f"state[{name!r}] must be an object with state_dict() and load_state_dict(), or a torch.Generator; "
                 f"got {what}"
@@ -89,6 +89,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, parts: Mapping[str, Part], stepper: str, rng: bool):
         self.path, self.parts, self.stepper, self.rng = path, parts, stepper, rng
+        self._portable: set[type] = set()
 
     def check(self) -> None:
         """Raise now what the first save would raise later: an unwritable path, a state of the wrong kinds."""
@@ -129,50 +130,72 @@ class Checkpoint:
                 f"checkpoint {self.path} is at step {content['step']}, past steps={last_step}; "
                 "ask for more steps, give another path, or pass resume=False to start over"
             )
-        self._put(content["parts"])
+        saved = [(name, part, content["parts"][name]) for name, part in self.parts.items()]
         if self.rng:
-            _set_rng_state(content["rng"])
+            saved.append(("torch's random number generator", Part(_rng_state, _set_rng_state), content["rng"]))
+        self._put(saved)
         return Progression(content["step"], content["seconds"], history, content["ended"], content["final"])
 
     def _read(self) -> dict[str, Any]:
         try:
             content = torch.load(self.path, map_location=_place, weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except PermissionError as error:
+            raise self._broken(f"it cannot be read ({error.strerror})") from error
         except Exception as error:
             raise self._broken("it is damaged, or no checkpoint at all") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise self._broken("it was not written by steepest.run")
         found = content.get("format")
-        if not isinstance(found, int) or found > FORMAT:
-            raise self._broken(f"it has format {found!r}, of a newer steepest; this one reads up to {FORMAT}")
-        wrong = [name for name, kinds in _FIELDS.items() if not isinstance(content.get(name, self), kinds)]
+        if isinstance(found, int) and found > FORMAT:
+            raise self._broken(f"it has format {found}, of a newer steepest; this one reads up to {FORMAT}")
+        wrong = ["format"] if not isinstance(found, int) or found < 1 else []
+        wrong += [name for name, kinds in _FIELDS.items() if not isinstance(content.get(name, self), kinds)]
         if wrong or content["step"] < 0:
             raise self._broken(f"its content is not what it should be ({', '.join(wrong) or 'step'})")
         if content["stepper"] != self.stepper:
             raise self._broken(f"it is of a run of {content['stepper']}, not of {self.stepper}")
         if set(content["parts"]) != set(self.parts):
-            raise self._broken(f"it holds the state of {sorted(content['parts'])}, this run has {sorted(self.parts)}")
-        if self.rng and not (isinstance(content["rng"], dict) and isinstance(content["rng"].get("cpu"), Tensor)):
+            raise self._broken(
+                f"it holds the state of {sorted(map(str, content['parts']))}, this run has {sorted(self.parts)}"
+            )
+        if self.rng and content["rng"] is None:
             raise self._broken("it has no state of torch's random number generators; pass rng=False to go on without")
         return content
 
-    def _put(self, saved: dict[str, Any]) -> None:
-        before = {name: copy.deepcopy(part.get()) for name, part in self.parts.items()}
-        touched: list[str] = []
-        try:
-            for name, part in self.parts.items():
-                touched.append(name)
-                part.set(saved[name])
-        except Exception as error:
-            for name in touched:
-                self.parts[name].set(before[name])
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise self._broken(f"{touched[-1]} does not take its state: {reason}") from error
+    def _put(self, saved: list[tuple[str, Part, Any]]) -> None:
+        before = [copy.deepcopy(part.get()) for _, part, _ in saved]
+        for index, (name, part, state) in enumerate(saved):
+            try:
+                part.set(state)
+            except Exception as error:
+                for (_, touched, _), old in zip(saved[: index + 1], before, strict=False):
+                    touched.set(old)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise self._broken(f"{name} does not take its state: {reason}") from error
 
     def _collect(self) -> dict[str, Any]:
         states = {name: part.get() for name, part in self.parts.items()}
         for name, state in states.items():
-            _check_portable(state, name)
+            self._check_portable(state, name)
         return states
+
+    def _check_portable(self, value: Any, where: str) -> None:
+        kind = type(value)
+        if kind in _PLAIN or kind in self._portable:
+            return
+        if kind in (dict, OrderedDict):
+            for key, item in value.items():
+                self._check_portable(key, f"a key of {where}")
+                self._check_portable(item, f"{where}[{key!r}]")
+        elif kind in (list, tuple):
+            for index, item in enumerate(value):
+                self._check_portable(item, f"{where}[{index}]")
+        else:
+            _check_readable(value, where)
+            if isinstance(value, Tensor):
+                self._portable.add(kind)
 
     def _broken(self, reason: str) -> ValueError:
         return ValueError(f"cannot resume from checkpoint {self.path}: {reason}. Pass resume=False to start over")
@@ -182,7 +205,7 @@ def _place(storage: Any, location: str) -> Any:
     if location.startswith("cuda"):
         index = int(location.partition(":")[2] or 0)
         return None if index < torch.cuda.device_count() else storage
-    return None
+    return storage if location.startswith("mps") and not torch.backends.mps.is_available() else None
 
 
 def _check_writable(path: Path) -> None:
@@ -206,28 +229,18 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"checkpoint {path} cannot be written, its folder says: {error.strerror}") from error
 
 
-def _check_portable(value: Any, where: str) -> None:
-    kind = type(value)
-    if kind in _PLAIN:
-        return
-    if kind in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_portable(key, f"a key of {where}")
-            _check_portable(item, f"{where}[{key!r}]")
-    elif kind in (list, tuple):
-        for index, item in enumerate(value):
-            _check_portable(item, f"{where}[{index}]")
-    else:
-        try:
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except Exception as error:
-            raise TypeError(
-                f"the state dict cannot go into a checkpoint: {where} is a {kind.__module__}.{kind.__qualname__}; "
-                "use tensors, Python numbers, text, and lists, tuples and dicts of them"
-            ) from error
+def _check_readable(value: Any, where: str) -> None:
+    try:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            f"the state dict cannot go into a checkpoint: {where} is a "
+            f"{type(value).__module__}.{type(value).__qualname__}; "
+            "use tensors, Python numbers, text, and lists, tuples and dicts of them"
+        ) from error
 
 
 def _rng_state() -> dict[str, Any]:

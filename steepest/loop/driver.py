@@ -63,7 +63,8 @@ def run(
             given here are saved too, but a module's buffers only if the module is given.
         callbacks: called as callback(step, metrics) after each step. A str returned stops the run and is its reason;
             a mapping returned is added to the metrics. Metrics are read from a GPU when first looked at.
-        stop: rules: `Steps`, `Seconds`, `Tolerance`, `Diverged`, or any rule(record) -> reason or None.
+        stop: rules: `Steps`, `Seconds`, `Tolerance`, `Diverged`, or any rule(record) -> reason or None. A rule's own
+            variables are not checkpointed: judge by the record, which holds the history too.
         record_every: record every n-th step, and the last. On a GPU, `run` reads metrics at recorded steps only.
         checkpoint: path of the checkpoint file; its folder is made. Several processes need a path each.
         checkpoint_every: save after every n-th step.
@@ -84,6 +85,7 @@ def run(
         KeyboardInterrupt: Ctrl-C, after the checkpoint is written.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> def closure():
@@ -103,7 +105,7 @@ def run(
     record_every = positive_int("record_every", record_every)
     last_step = min((rule.n for rule in rules if isinstance(rule, Steps)), default=None)
     limit = min((rule.limit for rule in rules if isinstance(rule, Seconds)), default=None)
-    name = type(stepper).__qualname__
+    name = type(stepper).__name__
     show = reporter(progress, name if label is None else str(label), last_step, limit)
     parts = make_parts(stepper, scheduler, state)
     every, pause = make_cadence(checkpoint, checkpoint_every, checkpoint_seconds)
@@ -130,7 +132,8 @@ def run(
             metrics = advance()
             at.step += 1
             for hook in hooks:
-                at.ended = _heed(hook(at.step, metrics), metrics) or at.ended
+                wish = _heed(hook(at.step, metrics), metrics)
+                at.ended = at.ended or wish
             if scheduler is not None:
                 scheduler.step()
             recorded = at.step % record_every == 0
@@ -176,10 +179,10 @@ def _first_reason(rules: Iterable[Rule], record: Record) -> str | None:
 
 
 def _reason(who: str, answer: Any) -> str | None:
-    if answer is None or answer is False or answer == "":
+    if answer is None or answer is False:
         return None
     if isinstance(answer, str):
-        return answer
+        return answer or None
     raise TypeError(f"{who} must return None, or the reason to stop as a str; got {answer!r}")
 
 

@@ -163,11 +163,13 @@ def _new_progress() -> Any:
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
 
-    line = Column(no_wrap=True, overflow="ellipsis")
+    def column(**options: Any) -> Column:
+        return Column(no_wrap=True, overflow="ellipsis", **options)
+
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[status]}", markup=False, table_column=line),
+        TextColumn("{task.description}", table_column=column(max_width=24)),
+        BarColumn(bar_width=None, table_column=column(min_width=10, max_width=24)),
+        TextColumn("{task.fields[status]}", markup=False, table_column=column()),
         console=Console(stderr=True),
         transient=True,
     )

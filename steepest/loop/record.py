@@ -210,8 +210,9 @@ def _column(values: Tensor) -> list[Any]:
 
 def _extend(metrics: dict[str, list[float]], length: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
-        column = metrics.setdefault(name, [math.nan] * length)
-        column.append(value if math.isfinite(value) else math.nan)
+        if name not in metrics:
+            metrics[name] = [math.nan] * length
+        metrics[name].append(value if math.isfinite(value) else math.nan)
     for column in metrics.values():
         if len(column) == length:
             column.append(math.nan)

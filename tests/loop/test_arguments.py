@@ -41,7 +41,7 @@ WRONG = {
         "ReduceLROnPlateau needs a metric",
     ),
     "state list": ({"state": [MODEL]}, "state must be a mapping of names"),
-    "state value": ({"state": {"n": 3}}, r"state\['n'\] must be an object with state_dict.*got a int"),
+    "state value": ({"state": {"n": 3}}, r"state\['n'\] must be an object with state_dict.*got 3"),
     "state class": ({"state": {"n": NoisyDescent}}, "got the class NoisyDescent"),
     "state name": ({"state": {"stepper": MODEL}}, "'stepper' cannot be used as a name"),
     "callback": ({"callbacks": [print, 3]}, "callbacks must be a function or a list of functions, got 3"),

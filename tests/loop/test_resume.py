@@ -1,12 +1,16 @@
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loop_steppers import NoisyDescent, Scripted, Training
 from torch import nn
 
@@ -41,6 +45,30 @@ def test_a_stepper_resumes_to_the_bit(tmp_path, record_every):
     assert torch.equal(whole.generator.get_state(), second.generator.get_state())
     same_history(expected, result)
     assert result.recorded_seconds == sorted(result.recorded_seconds)
+
+
+@settings(max_examples=15, deadline=None)
+@given(split=st.integers(1, 19), record_every=st.integers(1, 6), every=st.integers(1, 6))
+def test_any_split_gives_the_same_bits(split, record_every, every):
+    whole, second = NoisyDescent(), NoisyDescent(seed=9 if split > every else 0)
+    expected = quiet(whole, 20, record_every=record_every)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.ckpt"
+        options = {"checkpoint": path, "checkpoint_every": every, "record_every": record_every}
+        with contextlib.suppress(InterruptedError):
+            quiet(NoisyDescent(), 20, callbacks=fail_at(split), **options)
+        result = quiet(second, 20, **options)
+    assert result.resumed_from == (split - 1) // every * every
+    assert same(whole.x, second.x)
+    same_history(expected, result)
+
+
+def fail_at(last):
+    def callback(step, metrics):
+        if step == last:
+            raise InterruptedError
+
+    return callback
 
 
 def test_a_training_resumes_to_the_bit(tmp_path):
@@ -251,7 +279,9 @@ BROKEN = {
     "foreign": (lambda p: torch.save({"model": torch.ones(2)}, p), "not written by steepest.run"),
     "list": (lambda p: torch.save([1, 2], p), "not written by steepest.run"),
     "newer": (lambda p: saved_run(p, format=FORMAT + 1), "of a newer steepest"),
-    "bad format": (lambda p: saved_run(p, format="x"), "newer"),
+    "bad format": (lambda p: saved_run(p, format="x"), r"not what it should be \(format\)"),
+    "rng": (lambda p: saved_run(p, rng=None), "pass rng=False"),
+    "rng content": (lambda p: saved_run(p, rng={"cpu": torch.zeros(3)}), "random number generator does not take"),
     "missing": (lambda p: torch.save({"kind": KIND, "format": 1}, p), "not what it should be"),
     "negative": (lambda p: saved_run(p, step=-1), "not what it should be"),
     "history": (lambda p: saved_run(p, history={"metrics": {}}), "history cannot be read"),
@@ -278,7 +308,7 @@ def test_a_file_that_cannot_be_resumed(tmp_path, case):
     content, stepper = path.read_bytes(), NoisyDescent()
     x, state = stepper.x.clone(), stepper.generator.get_state()
     with pytest.raises(ValueError, match=text) as caught:
-        quiet(stepper, 10, checkpoint=path)
+        quiet(stepper, 10, checkpoint=path, rng="rng" in case)
     assert str(path) in str(caught.value) and "resume=False" in str(caught.value)
     assert stepper.calls == 0 and torch.equal(stepper.x, x) and torch.equal(stepper.generator.get_state(), state)
     assert path.read_bytes() == content

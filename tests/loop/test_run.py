@@ -72,6 +72,12 @@ def test_callbacks_see_each_step_and_can_add_metrics_and_stop():
     assert result.history == {"loss": [2.0, 3.0], "double": [4.0, 6.0]}
 
 
+def test_all_callbacks_run_and_the_first_reason_counts():
+    seen = []
+    hooks = [lambda s, m: "first", lambda s, m: "second", lambda s, m: seen.append(s)]
+    assert quiet(NoisyDescent(), 5, callbacks=hooks).stopped_by == "first" and seen == [1]
+
+
 @pytest.mark.parametrize("keyword", ["callbacks", "stop"])
 def test_an_answer_that_is_no_reason_is_refused(keyword):
     answer = (lambda s, m: True) if keyword == "callbacks" else (lambda r: 3)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from steepest.lab.compare import Spread, margin, reach, spread
+from steepest.lab.compare import margin, reach, spread
 from steepest.lab.plan import (
     FINAL,
     TUNE,
@@ -163,30 +163,45 @@ def _targets(
 ) -> None:
     """Steps and seconds that each method needs to the reference's final loss."""
     base = next((m for m in methods if m["name"] == reference), None)
-    target = base["final"]["mean"] if base else None
-    if target is None:
+    if base is None:
         return
     for method in methods:
-        steps = _steps_to(method, target, finished)
-        if method["name"] == reference:
-            steps = [float(attributes["steps"])] * len(steps)
-        reached = spread(steps)
-        if reached.mean is None:
+        reached = _steps_to(method, base, finished, attributes["steps"])
+        if reached is None:
             continue
-        method["steps_to_target"] = reached.to_json()
+        method["steps_to_target"] = reached
         cost = method["seconds_per_step"]
         if cost is not None:
-            method["seconds_to_target"] = spread([value * cost for value in steps]).to_json()
+            values = [None if value is None else value * cost for value in reached["values"]]
+            method["seconds_to_target"] = {"mean": reached["mean"] * cost, "values": values}
 
 
-def _steps_to(method: Mapping[str, Any], target: float, finished: Mapping[TrialKey, Record]) -> list[float]:
-    """Per seed, the step at which the validation loss first reaches the target; infinity where it never does."""
-    runs = final_trials(method["name"], method["best_lr"], finished)
-    found = []
-    for seed in sorted(runs):
-        val = (runs[seed].result or {}).get("val") or {}
-        found.append(reach(val.get("step", []), val.get("loss", []), target))
-    return found
+def _steps_to(
+    method: Mapping[str, Any], other: Mapping[str, Any], finished: Mapping[TrialKey, Record], steps: int
+) -> dict[str, Any] | None:
+    """Steps until a method's validation loss comes down to the final loss of another; None where it does not.
+
+    The mean is that of the curve averaged over seeds, to the other's mean over the same seeds; the values are seed by
+    seed, each to the other's loss at that seed.
+    """
+    mine, theirs = (final_trials(m["name"], m["best_lr"], finished) for m in (method, other))
+    seeds = [seed for seed in sorted(mine) if seed in theirs]
+    curves = [(mine[seed].result or {}).get("val") or {} for seed in seeds]
+    targets = [theirs[seed].value for seed in seeds]
+    if not seeds or not all(math.isfinite(value) for value in targets):
+        return None
+    if method["name"] == other["name"]:
+        return {"mean": float(steps), "values": [float(steps)] * len(seeds)}
+    points = curves[0].get("step", [])
+    if any(curve.get("step") != points for curve in curves):
+        return None
+    losses = [[curve["loss"][i] for curve in curves] for i in range(len(points))]
+    average = [None if None in at else statistics.fmean(at) for at in losses]
+    mean = reach(points, average, statistics.fmean(targets))
+    if not math.isfinite(mean):
+        return None
+    values = [reach(points, curve["loss"], target) for curve, target in zip(curves, targets, strict=True)]
+    return {"mean": mean, "values": [value if math.isfinite(value) else None for value in values]}
 
 
 def _against(
@@ -210,9 +225,8 @@ def _margin(
         return None
     mine, theirs = _by_seed(winner, finished), _by_seed(against, finished)
     difference = margin(mine, theirs)
-    target = against["final"]["mean"]
-    steps = spread(_steps_to(winner, target, finished)) if target is not None else Spread(None, None, [])
-    ratio = steps.mean / attributes["steps"] if steps.mean is not None else None
+    reached = _steps_to(winner, against, finished, attributes["steps"])
+    ratio = reached["mean"] / attributes["steps"] if reached is not None else None
     costs = winner["seconds_per_step"], against["seconds_per_step"]
     seconds = ratio * costs[0] / costs[1] if ratio is not None and all(costs) else None
     return {

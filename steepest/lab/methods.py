@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 from torch import nn
@@ -9,6 +10,8 @@ from torch.optim import Optimizer
 
 from steepest.lab.files import load_object
 from steepest.lab.settings import RaceError
+from steepest.optim.build import build
+from steepest.optim.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,6 @@ class Method:
                     f"{self.source} returned {type(optimizer).__name__}; it must return a torch.optim.Optimizer"
                 )
             return optimizer
-        from steepest.optim import build
-
         return build(model, self.name, lr=lr, **self.options)
 
     def snippet(self, lr: str) -> str:
@@ -55,47 +56,25 @@ class Method:
         return f'from steepest.optim import build\n\noptimizer = build(model, "{self.name}", lr={lr}{options})'
 
 
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            "adamw",
-            "AdamW",
-            "Scales each coordinate's step by the root of its gradient's running second moment. The usual choice.",
-            (3e-4, 3e-2),
-        ),
-        Method(
-            "sgd",
-            "SGD with momentum",
-            "Follows the running average of the gradient itself; steepest descent in the Euclidean norm.",
-            (1e-2, 1.0),
-        ),
-        Method(
-            "sign",
-            "Sign descent (Lion)",
-            "Moves every coordinate by the same amount, by the sign of its momentum: steepest descent in the max norm.",
-            (1e-4, 1e-2),
-        ),
-        Method(
-            "muon",
-            "Muon",
-            "Orthogonalises the momentum of each hidden matrix (steepest in the spectral norm); AdamW for the rest.",
-            (3e-3, 0.3),
-        ),
-        Method(
-            "scion",
-            "Scion",
-            "Steepest descent with a norm for each kind of parameter: the spectral one for hidden matrices.",
-            (1e-3, 0.1),
-        ),
-        Method(
-            "normalized",
-            "Normalised descent",
-            "Follows the direction of the momentum with a step of fixed length; steepest descent with a known radius.",
-            (3e-3, 0.3),
-        ),
-    )
-}
+RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "adamw": (3e-4, 3e-2),
+        "sgd": (1e-2, 1.0),
+        "sign": (5e-5, 5e-3),
+        "muon": (3e-4, 3e-2),
+        "scion": (2e-3, 0.2),
+        "normalized": (2e-3, 0.2),
+    }
+)
+"""Where a race begins to look: two decades for every method, so that the same number of trials means the same care."""
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        name: Method(name, recipe.title, recipe.description, RANGES.get(name, recipe.lr_range))
+        for name, recipe in RECIPES.items()
+    }
+)
+"""The methods of `steepest.optim.build`."""
 
 
 def get_methods(names: tuple[str, ...], lr_ranges: Mapping[str, tuple[float, float]]) -> list[Method]:

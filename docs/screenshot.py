@@ -30,8 +30,8 @@ def find_report(given: Path | None) -> Path:
     return reports[-1]
 
 
-def photograph(report: Path, target: Path, width: int, height: int) -> None:
-    """Write the first screen of the report, as a reader sees it, to `target` (PNG)."""
+def photograph(report: Path, target: Path, width: int) -> None:
+    """Write the report from its top to the end of the first chart to `target` (PNG)."""
     from playwright.sync_api import sync_playwright
 
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -40,10 +40,13 @@ def photograph(report: Path, target: Path, width: int, height: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1.5)
+        page = browser.new_page(viewport={"width": width, "height": 3000})
         page.goto(report.resolve().as_uri())
-        page.wait_for_timeout(1500)  # the charts draw themselves after the page has loaded
-        page.screenshot(path=target, animations="disabled")
+        chart = page.locator(".js-plotly-plot .main-svg").first
+        chart.wait_for()
+        box = chart.bounding_box() or {"y": 1000, "height": 0}
+        clip = {"x": 0, "y": 0, "width": width, "height": box["y"] + box["height"] + 24}
+        page.screenshot(path=target, animations="disabled", clip=clip)
         browser.close()
 
 
@@ -51,11 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("report", type=Path, nargs="?", help="a run's folder or a report.html; default: the newest run")
     parser.add_argument("--output", type=Path, default=TARGET)
-    parser.add_argument("--width", type=int, default=1200)
-    parser.add_argument("--height", type=int, default=1150)
+    parser.add_argument("--width", type=int, default=1100)
     arguments = parser.parse_args()
     report = find_report(arguments.report)
-    photograph(report, arguments.output, arguments.width, arguments.height)
+    photograph(report, arguments.output, arguments.width)
     print(f"{report} -> {arguments.output}", file=sys.stderr)
 
 

@@ -44,9 +44,9 @@ def photograph(report: Path, target: Path, width: int) -> None:
         page.goto(report.resolve().as_uri())
         chart = page.locator(".js-plotly-plot .main-svg").first
         chart.wait_for()
-        box = chart.bounding_box() or {"y": 1000, "height": 0}
-        clip = {"x": 0, "y": 0, "width": width, "height": box["y"] + box["height"] + 24}
-        page.screenshot(path=target, animations="disabled", clip=clip)
+        box = chart.bounding_box()
+        bottom = box["y"] + box["height"] + 24 if box else 1000
+        page.screenshot(path=target, animations="disabled", clip={"x": 0, "y": 0, "width": width, "height": bottom})
         browser.close()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from steepest._checks import check_int
 from steepest.data import documents as docs
 from steepest.data.batches import RandomWindows, Windows
-from steepest.data.tokenizers import SEPARATOR, Bytes, Tokenizer, bpe_tokens, cache_folder
+from steepest.data.tokenizers import BPE, SEPARATOR, Bytes, bpe_tokens, cache_folder
 
 TOKENIZERS = ("byte", "bpe")
 
@@ -42,7 +42,7 @@ class TextCorpus:
     sha256: str
     train_documents: tuple[str, ...] = field(repr=False)
     val_documents: tuple[str, ...] = field(repr=False)
-    _tokenizer: Tokenizer = field(repr=False)
+    _tokenizer: Bytes | BPE = field(repr=False)
 
     def __repr__(self) -> str:
         return (
@@ -141,7 +141,7 @@ def text(
     train, val = docs.divide(documents, val_fraction)
     texts = [[document.text for document in side] for side in (train, val)]
     if tokenizer == "byte":
-        used: Tokenizer = Bytes()
+        used: Bytes | BPE = Bytes()
         arrays = [used.encode(SEPARATOR.join(side)) for side in texts]
     else:
         folder = cache_folder() if cache is None else Path(cache)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +17,6 @@ from steepest._files import write_atomic
 SEPARATOR = "\0"
 _FORMAT = 1
 _SMALLEST_VOCABULARY = 257  # the separator and all bytes
-
-
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> np.ndarray:
-        """The ids, a 1-D integer array."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text."""
-        ...
 
 
 class Bytes:

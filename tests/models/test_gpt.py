@@ -68,7 +68,7 @@ def test_rotated_products_depend_on_the_distance_alone(start, gap, shift, half, 
         return rotate(q, cos[s : s + 1], sin[s : s + 1]) @ rotate(k, cos[t : t + 1], sin[t : t + 1]).T
 
     torch.testing.assert_close(product(start, start + gap), product(start + shift, start + shift + gap))
-    torch.testing.assert_close(rotate(q, cos[start], sin[start]).norm(), q.norm())
+    torch.testing.assert_close(rotate(q, cos[start : start + 1], sin[start : start + 1]).norm(), q.norm())
 
 
 def test_rotary_angles():
@@ -231,7 +231,7 @@ def test_it_learns_a_repeated_sequence():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.2
-    assert model.generate(x[:1, :3], 9, temperature=0)[0].tolist() == [i % 11 for i in range(12)]
+    assert model.generate(x[:1, :3], 9, temperature=0.0)[0].tolist() == [i % 11 for i in range(12)]
 
 
 def test_generate():
@@ -243,7 +243,7 @@ def test_generate():
     assert torch.equal(first, second)
     assert torch.equal(first[:, :3], start)
     assert model.training
-    greedy = model.generate(start, 4, temperature=0)
+    greedy = model.generate(start, 4, temperature=0.0)
     assert torch.equal(greedy[:, 3], model(start)[:, -1].argmax(-1))
     assert torch.equal(model.generate(start, 0), start)
 

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy.stats import ttest_rel
 
 from steepest.lab.report import terminal_table, write_report
-from steepest.lab.report.charts import best_trials, chart_data, extremes, seed_band, windows
+from steepest.lab.report.charts import chart_data, extremes, seed_band, windows
 from steepest.lab.report.page import embed, render
-from steepest.lab.report.summary import gap, standings, summarize, target_ratio
+from steepest.lab.report.standing import apart, standings, target_ratio
+from steepest.lab.report.summary import summarize
 from steepest.lab.report.text import clean, clean_code, duration, loss, memory, number, plot_text, short, spread
 from tests.lab.race_documents import HOSTILE, hollow_document, race_document
 
@@ -93,7 +95,7 @@ def test_holes_anywhere_are_tolerated(hole):
 def render_quick(document):
     """Everything but the 2 MB of plotly.js."""
     summary = summarize(document)
-    embed(chart_data(summary.standings, summary.reference, document["trials"]))
+    embed(chart_data(summary.standings, summary.reference))
     terminal(document)
 
 
@@ -168,11 +170,11 @@ def test_terminal_table_fits(width):
 def test_headline_is_honest():
     clear = summarize(race_document(steps=40))
     assert clear.title == "Muon wins"
-    assert clear.kind == "good"
-    assert [tile.label for tile in clear.tiles][1] == "Steps to AdamW's final loss"
+    assert [badge.kind for badge in clear.badges] == ["good", "good"]
+    assert [tile.label for tile in clear.tiles][1] == "Steps to AdamW’s final loss"
     close = summarize(race_document(steps=40, gap=0.0))
     assert "not separable from" in close.title
-    assert close.kind == "unsure"
+    assert close.badges[0].kind == "unsure"
     assert summarize(race_document(steps=40, seeds=1)).title == "Muon is ahead on one seed"
     assert "only method" in summarize(race_document(steps=40, methods=1)).title
     partial = summarize(race_document(steps=40, status="partial"))
@@ -181,31 +183,40 @@ def test_headline_is_honest():
     assert summarize(hollow_document()).title == "No result yet"
 
 
-def test_gap_and_ratio():
-    table = {x.name: x for x in standings(race_document(steps=40))}
+def test_differences_are_paired_by_seed():
+    table = {x.name: x for x in standings(race_document(steps=40, seeds=3))}
     muon, adamw, sgd = table["muon"], table["adamw"], table["sgd"]
-    apart = gap(muon, adamw)
-    assert apart is not None
-    assert muon.mean is not None
-    assert adamw.mean is not None
-    assert apart.difference == pytest.approx(adamw.mean - muon.mean)
-    assert apart.spread == pytest.approx(math.hypot(np.std(muon.values, ddof=1), np.std(adamw.values, ddof=1)))
-    assert apart.separable
-    single = gap(muon, sgd)
-    assert single is not None
-    assert single.separable is None
+    difference = apart(muon, adamw)
+    pairs = np.array(adamw.values) - np.array(muon.values)
+    assert difference.mean == pytest.approx(pairs.mean())
+    assert difference.p_value == pytest.approx(ttest_rel(adamw.values, muon.values).pvalue)
+    assert difference.significant
+    assert apart(muon, sgd).seeds == 1
+    assert not apart(muon, sgd).significant
     steps = muon.target("steps_to_target")
     assert steps is not None
     assert target_ratio(muon, adamw, "steps_to_target") == pytest.approx(40 / steps)
     assert target_ratio(sgd, adamw, "steps_to_target") is None
 
 
-def test_curves_are_those_of_the_best_learning_rate():
-    document = race_document(steps=40, seeds=3)
+def test_a_lost_seed_is_not_averaged_away():
+    document = race_document(steps=40)
+    document["methods"][0]["final"]["values"][1] = None
     item = standings(document)[0]
-    chosen = best_trials(item, [t for t in document["trials"] if t["method"] == item.name])
-    assert sorted(t["value"] for t in chosen) == sorted(item.values)
-    band = seed_band(chosen, "loss")
+    assert (item.mean, item.std, item.lost) == (None, None, 1)
+    assert "1 of 2 seeds lost" in Page(render(document)).text
+
+
+def test_winning_reference_is_measured_against_the_next():
+    tiles = summarize(race_document(steps=40, reference="muon")).tiles
+    assert [tile.label for tile in tiles][1] == "Steps to Scion’s final loss"
+    assert tiles[1].value == "1.82× fewer"
+
+
+def test_curves_are_those_of_the_best_learning_rate():
+    item = standings(race_document(steps=40, seeds=3))[0]
+    assert tuple(t["value"] for t in item.curves) == item.values
+    band = seed_band(item.curves, "loss")
     assert band is not None
     assert band["n"] == 3
     assert band["mean"][-1] == pytest.approx(item.mean, rel=1e-4)
@@ -224,7 +235,7 @@ def test_band_covers_the_steps_all_seeds_reached():
 def test_large_races_stay_light():
     document = race_document(methods=2, steps=30_000, lr_trials=3)
     summary = summarize(document)
-    data = chart_data(summary.standings, summary.reference, document["trials"])
+    data = chart_data(summary.standings, summary.reference)
     assert max(len(s["y"]) for s in data["training"]) <= 400
     assert len(embed(data)) < 200_000
 

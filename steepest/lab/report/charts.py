@@ -8,27 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from steepest.lab.report.summary import Standing
+from steepest.lab.report.standing import Standing, Trial, state_code
 from steepest.lab.report.text import number, plot_text
 
 CURVE_POINTS = 400  # a curve on a 1200 pixel wide chart shows no more
 ROLE_POINTS = 60_000  # all role curves together
 QUANTITIES = ("update_to_weight", "grad_norm", "weight_norm", "update_norm")
-_STATES = {"complete": 0, "pruned": 1, "failed": 2, "diverged": 3}
-
-Trial = Mapping[str, Any]
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def chart_data(items: Sequence[Standing], reference: Standing | None, trials: Sequence[Trial]) -> dict[str, Any]:
+def chart_data(items: Sequence[Standing], reference: Standing | None) -> dict[str, Any]:
     """Everything the page draws, as plain lists; `m` in a series is the method's index in `methods`.
 
     All text in the result is already neutral for plotly (see `plot_text`).
     """
-    by_method: dict[str, list[Trial]] = defaultdict(list)
-    for trial in trials:
-        by_method[str(trial.get("method"))].append(trial)
-    chosen = [best_trials(item, by_method[item.name]) for item in items]
+    chosen = [item.curves for item in items]
     metrics = _metrics(trial for group in chosen for trial in group)
     return {
         "methods": [
@@ -45,24 +39,9 @@ def chart_data(items: Sequence[Standing], reference: Standing | None, trials: Se
             if (band := seed_band(group, name))
         ],
         "training": [x for m, group in enumerate(chosen) if (x := training_curve(m, group))],
-        "sensitivity": [x for m, item in enumerate(items) if (x := sensitivity(m, by_method[item.name]))],
+        "sensitivity": [x for m, item in enumerate(items) if (x := sensitivity(m, item.trials))],
         **role_data(chosen),
     }
-
-
-def best_trials(item: Standing, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials at the method's best learning rate, one a seed; where none is complete, the one that went furthest."""
-    best = number(item.entry.get("best_lr"))
-    by_seed: dict[Any, Trial] = {}
-    for trial in sorted(trials, key=lambda x: (_STATES.get(str(x.get("state")), 9), x.get("stage") != "final")):
-        lr = number(trial.get("lr"))
-        at_best = best is not None and lr is not None and math.isclose(lr, best, rel_tol=1e-6)
-        if at_best and trial.get("state") == "complete":
-            by_seed.setdefault(str(trial.get("seed")), trial)
-    if by_seed:
-        return [by_seed[seed] for seed in sorted(by_seed)]
-    furthest = max(trials, key=lambda x: number(x.get("steps")) or 0.0, default=None)
-    return [] if furthest is None else [furthest]
 
 
 def seed_band(trials: Sequence[Trial], metric: str) -> dict[str, Any] | None:
@@ -102,7 +81,7 @@ def sensitivity(m: int, trials: Sequence[Trial]) -> dict[str, Any] | None:
             complete[lr].append(value)
         if value is not None or state in {"diverged", "failed"}:
             shown = None if state in {"diverged", "failed"} else _round(value)
-            code = _STATES.get(state, _STATES["failed"])
+            code = state_code(trial)
             points.append(
                 [_round(lr), shown, code, int(number(trial.get("steps")) or 0), plot_text(trial.get("seed"), 12)]
             )

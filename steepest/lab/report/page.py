@@ -8,7 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 from steepest.lab.report.charts import chart_data
-from steepest.lab.report.summary import Standing, Summary, gap, lr_note, summarize, target_ratio, validate
+from steepest.lab.report.standing import Standing, apart, target_ratio
+from steepest.lab.report.summary import Summary, lr_note, summarize, validate
 from steepest.lab.report.text import (
     MISSING,
     clean,
@@ -54,7 +55,7 @@ def render(document: Mapping[str, Any]) -> str:
         css=_asset("report.css"),
         script=_asset("report.js"),
         plotly=_plotly(),
-        data=embed(chart_data(summary.standings, summary.reference, document["trials"])),
+        data=embed(chart_data(summary.standings, summary.reference)),
     )
 
 
@@ -99,25 +100,25 @@ def _task(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _ranking(summary: Summary) -> list[dict[str, Any]]:
-    best = next((x for x in summary.standings if x.mean is not None), None)
     ends = [v for x in summary.standings for v in (x.values or ([] if x.mean is None else (x.mean,)))]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    return [_ranking_row(i, item, summary, best, (low, high)) for i, item in enumerate(summary.standings)]
+    return [_ranking_row(i, item, summary, (low, high)) for i, item in enumerate(summary.standings)]
 
 
-def _ranking_row(
-    index: int, item: Standing, summary: Summary, best: Standing | None, ends: tuple[float, float]
-) -> dict[str, Any]:
+def _ranking_row(index: int, item: Standing, summary: Summary, ends: tuple[float, float]) -> dict[str, Any]:
     entry = item.entry
     rank = number(entry.get("rank"))
-    apart = None if best is None or item is best else gap(best, item)
     notes = ["reference"] if item is summary.reference else []
-    if item.mean is None:
+    if item.lost:
+        notes.append(f"{item.lost} of {item.lost + len(item.values)} seeds lost")
+    elif item.mean is None:
         notes.append("no result")
     elif not item.finalist:
         notes.append("not in the final")
-    if apart is not None and apart.separable is False and best is not None:
-        notes.append("not separable from the first")
+    if summary.best is not None and item is not summary.best and item.mean is not None:
+        difference = apart(summary.best, item)
+        if difference.seeds > 1 and not difference.significant:
+            notes.append("not separable from the first")
     steps, seconds = item.target("steps_to_target"), item.target("seconds_to_target")
     factors = [
         None if item is summary.reference else target_ratio(item, summary.reference, key)
@@ -132,7 +133,7 @@ def _ranking_row(
         "description": clean(entry.get("description"), 300),
         "notes": notes,
         "dim": item.mean is None or not item.finalist,
-        "first": item is best,
+        "first": item is summary.best,
         "loss": loss(item.mean),
         "std": f"± {spread(item.std)}" if item.std is not None else "",
         "seeds": f"{len(item.values)} seed{'s' * (len(item.values) != 1)}" if item.values else "",
@@ -150,6 +151,7 @@ def _ranking_row(
         "peak": memory(entry.get("peak_memory_bytes")),
         "diverged": count(entry.get("diverged_trials")),
         "pruned": count(entry.get("pruned_trials")),
+        "failed": count(entry.get("failed_trials")) if number(entry.get("failed_trials")) else "",
         "verdict": clean(entry.get("verdict"), 1000),
         "snippet": clean_code(entry.get("snippet")),
         "sort": {
@@ -162,7 +164,7 @@ def _ranking_row(
             "optimizer_ms": number(entry.get("optimizer_seconds_per_step")),
             "state": number(entry.get("optimizer_state_bytes")),
             "peak": number(entry.get("peak_memory_bytes")),
-            "lost": (number(entry.get("diverged_trials")) or 0) + (number(entry.get("pruned_trials")) or 0),
+            "lost": sum(number(entry.get(f"{x}_trials")) or 0 for x in ("diverged", "pruned", "failed")),
         },
     }
 

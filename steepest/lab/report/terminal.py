@@ -7,7 +7,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from steepest.lab.report.summary import Standing, Summary, summarize, validate
+from steepest.lab.report.standing import Standing
+from steepest.lab.report.summary import Summary, summarize, validate
 from steepest.lab.report.text import MISSING, clean, count, duration, loss, memory, milliseconds, number, short, spread
 
 _STYLE = {"good": "bold green", "unsure": "bold yellow", "none": "bold"}
@@ -22,9 +23,9 @@ def table(document: Mapping[str, Any]) -> RenderableType:
     summary = summarize(document)
     # Everything is a Text: rich reads markup only in plain strings, so a name such as "[bold]" stays what it is.
     parts: list[RenderableType] = [
-        Text(summary.title, style=_STYLE[summary.kind]),
+        Text(summary.title, style=_STYLE[summary.badges[0].kind]),
         Text(summary.lead),
-        Text(summary.badge, style="dim"),
+        *(Text(badge.text, style="dim") for badge in summary.badges),
         Text(),
         _Ranking(summary),
         Text(),
@@ -56,7 +57,7 @@ class _Ranking:
             left = _COLUMNS[i] == "method"
             grid.add_column(_COLUMNS[i], justify="left" if left else "right", overflow="fold", no_wrap=not left)
         for item in self.summary.standings:
-            first = item is self.summary.standings[0] and item.mean is not None
+            first = item is self.summary.best
             cells = _cells(item)
             grid.add_row(*(Text(cells[i]) for i in kept), style="bold" if first else "" if item.finalist else "dim")
         yield grid

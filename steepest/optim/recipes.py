@@ -267,12 +267,12 @@ def split(
     return Mixed(parts, nonfinite=nonfinite)
 
 
-# (input, hidden, output) radii of the authors' runs, and their largest step lr * hidden radius. Without the constraint
-# only the products with lr count, so radii are given relative to the hidden one and lr is the step of a hidden matrix.
+# (input, hidden, output) radii of the authors' runs (language, images; "dense" is ours). Without the constraint only
+# their products with lr count, so they are given relative to the hidden one and lr is the step of a hidden matrix.
 SCION_RADII: Mapping[str, tuple[float, float, float]] = MappingProxyType(
-    {"language": (60.0, 1.0, 60.0), "images": (0.2, 1.0, 40.0), "dense": (1.0, 1.0, 1024.0)}
+    {"language": (60.0, 1.0, 60.0), "images": (0.2, 1.0, 40.0), "dense": (1.0, 1.0, 16.0)}
 )
-_CONSTRAINED_RADII = {"language": (3000.0, 50.0, 3000.0), "images": (1.0, 5.0, 2000.0), "dense": (1.0, 1.0, 1024.0)}
+_CONSTRAINED_RADII = {"language": (3000.0, 50.0, 3000.0), "images": (1.0, 5.0, 2000.0), "dense": (1.0, 1.0, 16.0)}
 
 
 def scion(

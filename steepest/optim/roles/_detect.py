@@ -141,7 +141,7 @@ def _inputs(places: list[Site], findings: dict[str, Finding], seen: Trace | None
                 _become(findings, site, Role.INPUT, "it reads the model's input on the example")
         return
     matrices = [s for s in places if findings[s.name].layout != "vector"]
-    if matrices and matrices[0] in plain and _outside(matrices[0]):
+    if matrices and matrices[0] in plain and _outside(matrices[0]) and says_head(matrices[0]) is None:
         _become(findings, matrices[0], Role.INPUT, f"the first dense layer {_order(matrices[0])}")
 
 

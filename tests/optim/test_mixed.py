@@ -375,7 +375,8 @@ def test_compiled_step():
 
 def test_repr_names_the_parts():
     assert repr(mixed(network())) == (
-        "Mixed(\n  weights: SGD(2 tensors in 1 groups, lr 0.1)\n  biases: AdamW(2 tensors in 2 groups, lr 0.02, 0.01)\n)"
+        "Mixed(\n  weights: SGD(2 tensors in 1 groups, lr 0.1)\n"
+        "  biases: AdamW(2 tensors in 2 groups, lr 0.02, 0.01)\n)"
     )
 
 

@@ -22,6 +22,11 @@ _PER_HEAD_NAMES = {"querykeyvalue", "linearqkv"}
 _PER_HEAD_CLASSES = ("InternLM2", "CodeGen")
 
 
+def _kind(module: nn.Module) -> str:
+    """The class name; FSDP2 puts its own in front."""
+    return type(module).__name__.removeprefix("FSDP")
+
+
 def heads_of(site: Site, rows: int, columns: int) -> tuple[int, int, int] | None:
     """(query heads, key/value heads, head dimension) that explain `rows` = (h + 2 kv) head_dim, or None."""
     heads = integer(site, HEADS)
@@ -39,8 +44,8 @@ def split_qkv(site: Site, rows: int, columns: int) -> Split:
     """The blocks of a fused query/key/value matrix with `rows` outputs and `columns` inputs."""
     found = heads_of(site, rows, columns)
     owner = site.parent or site.module
-    per_head = any(site.matches(name) for name in _PER_HEAD_NAMES) or type(owner).__name__.startswith(_PER_HEAD_CLASSES)
-    if type(owner).__name__.startswith("GPTBigCode") and flag(site, "multi_query") is False:
+    per_head = any(site.matches(name) for name in _PER_HEAD_NAMES) or _kind(owner).startswith(_PER_HEAD_CLASSES)
+    if _kind(owner).startswith("GPTBigCode") and flag(site, "multi_query") is False:
         per_head = True
     if found is None:
         if rows == 3 * columns and not per_head:
@@ -61,7 +66,7 @@ _QKV = ("query", "key", "value")
 
 
 def _swaps(owner: nn.Module) -> bool:
-    return type(owner).__name__.startswith("CodeGen")
+    return _kind(owner).startswith("CodeGen")
 
 
 def split_kv(site: Site, rows: int) -> Split:
@@ -101,7 +106,7 @@ def read_experts(site: Site, kind: str) -> Stack:
         plain = first[1] == 2 * down[2] and first[2] == down[1]
         turned = first[2] == 2 * down[1] and first[1] == down[2]
         if plain or turned:
-            interleaved = interleaved or (turned and type(site.module).__name__.startswith("GptOss"))
+            interleaved = interleaved or (turned and _kind(site.module).startswith("GptOss"))
             return Stack(turned, kind != "down", kind != "down" and interleaved, "the shapes of the experts agree")
     inputs, outputs = (a, b) if kind == "down" else (b, a)
     width = _router_width(site) or integer(site, WIDTH)

@@ -279,7 +279,7 @@ def test_bad_gradients_stop_every_part(method):
     before = [p.detach().clone() for p in model.parameters()]
     set_gradients(model)
     model.norm.weight.grad[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="the gradient of parameter norm.weight"):
+    with pytest.raises(FloatingPointError, match=r"the gradient of parameter norm.weight"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     skipping = build(model, method, nonfinite="skip")
@@ -307,7 +307,7 @@ def test_given_roles():
     model = gpt()
     found = roles(model, {"head.*": "linear"})
     assert "head.weight" in names_in(build(model, "muon", roles=found).parts["muon"])
-    with pytest.raises(ValueError, match="roles: they are of another model; they differ at layers.0.weight"):
+    with pytest.raises(ValueError, match=r"roles: they are of another model; they differ at layers.0.weight"):
         build(MLP([8, 4]), "muon", roles=found)
     with pytest.raises(ValueError, match="either roles, or overrides"):
         build(model, "muon", roles=found, overrides={"*": "linear"})
@@ -353,7 +353,7 @@ def test_recipes_are_open():
 def test_wrong_use(options, error, message):
     with pytest.raises(error, match=message):
         build(gpt(), **options)
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
         build({}, "muon")  # type: ignore[arg-type]
 
 

@@ -254,7 +254,7 @@ def test_zero_grad():
 def test_add_param_group():
     optimizer = mixed(network())
     late = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="which part.*'weights', 'biases'"):
+    with pytest.raises(ValueError, match=r"which part.*'weights', 'biases'"):
         optimizer.add_param_group({"params": [late]})
     with pytest.raises(ValueError, match="no part 'other'"):
         optimizer.add_param_group({"params": [late]}, part="other")

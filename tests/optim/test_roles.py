@@ -436,7 +436,7 @@ def test_overrides():
 
 
 def test_wrong_models():
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
         roles([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0.weight, 0.bias have no shape yet"):
         roles(nn.Sequential(nn.LazyLinear(3)))
@@ -477,6 +477,6 @@ class TestTables:
         assert repr(found) == "Roles(4 parameters; input: 1, bias: 2, head: 1)"
         assert {role.value: len(rows) for role, rows in found.by_role().items()} == {"head": 1, "input": 1, "bias": 2}
         assert found.to_dicts()[0]["role"] == "input"
-        with pytest.raises(KeyError, match="no parameter is named '1.weight'; the model has 0.weight"):
+        with pytest.raises(KeyError, match=r"no parameter is named '1.weight'; the model has 0.weight"):
             found["1.weight"]
         assert str(found).splitlines()[0] == "4 parameters"

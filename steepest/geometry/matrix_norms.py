@@ -55,13 +55,13 @@ class Schatten(Norm):
         check_tensor(g, "g", least_ndim=2)
         return _schatten(g, self._dual_exponent)
 
-    def lmo(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
         check_tensor(g, "g", least_ndim=2)
         if g.numel() == 0:
             return torch.zeros_like(g)
-        return -singular_value_map(single(g), self._lmo_values).to(g.dtype)
+        return singular_value_map(single(g), self._direction_values).to(g.dtype)
 
-    def _lmo_values(self, values: Tensor) -> Tensor:
+    def _direction_values(self, values: Tensor) -> Tensor:
         q = self._dual_exponent
         if math.isinf(q):
             return torch.zeros_like(values).index_fill_(-1, torch.tensor(0, device=values.device), 1.0)
@@ -93,7 +93,7 @@ class Spectral(Schatten):
         method: how the polar factor is computed, see `steepest.geometry.polar`. ``"svd"`` (the default) is exact; the
             iterations of ``"auto"``, ``"newton_schulz"`` and ``"gram"`` are many times faster, and their singular
             values are near one rather than one; `sharp` then takes its length from the direction itself,
-            $-\langle G, \mathrm{lmo}(G) \rangle$.
+            $\langle G, -\mathrm{lmo}(G) \rangle$.
         coefficients: of the iterations.
         steps: number of iterations; None: the table's own.
         dtype: dtype of the iterations; None: by method.
@@ -118,7 +118,7 @@ class Spectral(Schatten):
     def dual_norm(self) -> Norm:
         return Nuclear()
 
-    def lmo(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
         check_tensor(g, "g", least_ndim=2)
         return polar(
             g,
@@ -127,10 +127,11 @@ class Spectral(Schatten):
             steps=self.steps,
             dtype=self.dtype,
             normalize=self.normalize,
-        ).neg_()
+        )
 
-    def _dual_given_lmo(self, g: Tensor, direction: Tensor) -> Tensor:
-        return -(single(g) * single(direction)).sum((-2, -1))
+    def direction_and_dual(self, g: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor]:
+        direction = self.direction(g)
+        return direction, (single(g) * single(direction)).sum((-2, -1))
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,11 @@ class _Mixed(Norm):
         check_tensor(g, "g", least_ndim=2)
         return self._reduce(g, not self._outer_max)
 
-    def lmo(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
         check_tensor(g, "g", least_ndim=2)
         if g.numel() == 0:
             return torch.zeros_like(g)
-        direction = normalized(g, (self._inner,)).neg_()
+        direction = normalized(g, (self._inner,))
         if self._outer_max:
             return direction
         return direction * one_hot_largest(self._lengths(g)).unsqueeze(self._inner).to(g.dtype)

@@ -59,12 +59,13 @@ class Scaled(Norm):
     def dual(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
         return self.base.dual(g) * self._radius(g)
 
-    def lmo(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
-        return self.base.lmo(g) * self._radius(g)
+    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+        return self.base.direction(g).mul_(self._radius(g))
 
-    def _dual_given_lmo(self, g: Tensor, direction: Tensor) -> Tensor:
+    def direction_and_dual(self, g: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor]:
+        direction, dual = self.base.direction_and_dual(g)
         radius = self._radius(g)
-        return self.base._dual_given_lmo(g, direction / radius) * radius
+        return direction.mul_(radius), dual * radius
 
 
 def _positive(radius: float) -> float:

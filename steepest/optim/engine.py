@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -75,6 +75,9 @@ class SteepestDescent(Optimizer):
         >>> optimizer.step()
     """
 
+    # The settings that decide how a parameter becomes matrices and which norm each has.
+    _shape_settings: ClassVar[tuple[str, ...]] = ("norm", "layout", "split", "transposed", "adjust_lr_fn")
+
     def __init__(
         self,
         params: ParamsT,
@@ -101,6 +104,7 @@ class SteepestDescent(Optimizer):
         if not isinstance(self.step_rule, StepRule):
             raise TypeError(f"step_rule must be a StepRule, got {type(step_rule).__name__}")
         self.foreach = foreach
+        self._plans: dict[int, Any] = {}
         defaults = {
             "lr": lr,
             "norm": norm,
@@ -145,7 +149,7 @@ class SteepestDescent(Optimizer):
         return self.param_groups[0]["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "step_rule": self.step_rule, "foreach": self.foreach}
+        return {**super().__getstate__(), "step_rule": self.step_rule, "foreach": self.foreach, "_plans": {}}
 
     def _resolve_norm(self, norm: str | Norm) -> str | Norm:
         """What the group keeps as its norm."""
@@ -187,22 +191,22 @@ class SteepestDescent(Optimizer):
                 group["skipped_steps"] += 1
             return loss
         waiting = []
-        for group in self.param_groups:
-            for bucket in self._buckets(group):
+        for index, group in enumerate(self.param_groups):
+            for bucket in self._buckets(index, group):
                 for chunk in _chunks(bucket, self.foreach):
-                    if not self.step_rule.needs_duals:
-                        _apply(chunk, bucket.norm.lmo(_momentum(chunk, group)), bucket.factor, group)
-                        continue
-                    direction, dual = bucket.norm.lmo_and_dual(_momentum(chunk, group))
-                    waiting.append((chunk, direction, dual.reshape(-1), bucket.factor, group))
+                    if self.step_rule.needs_duals:
+                        direction, dual = bucket.norm.direction_and_dual(_momentum(chunk, group))
+                        waiting.append((chunk, direction, dual, group))
+                    else:
+                        _apply(chunk, bucket.norm.direction(_momentum(chunk, group)), group)
         if waiting:
-            duals = [dual.float() if dual.dtype != torch.float64 else dual for _, _, dual, _, _ in waiting]
+            duals = [dual.double() if dual.dtype == torch.float64 else dual.float() for _, _, dual, _ in waiting]
             device = duals[0].device
-            lengths = self.step_rule.lengths(torch.cat([dual.to(device) for dual in duals]))
-            pieces = lengths.split([len(dual) for dual in duals])
-            for (chunk, direction, _, factor, group), length in zip(waiting, pieces, strict=True):
-                scale = length.to(direction.device, direction.dtype)[:, None, None]
-                _apply(chunk, direction * scale, factor, group)
+            lengths = self.step_rule.lengths(torch.cat([dual.flatten().to(device) for dual in duals]))
+            pieces = lengths.split([dual.numel() for dual in duals])
+            for (chunk, direction, dual, group), length in zip(waiting, pieces, strict=True):
+                scale = length.to(direction.device, direction.dtype).reshape(*dual.shape, 1, 1)
+                _apply(chunk, direction.mul_(scale), group)
         return loss
 
     def _gradients_are_usable(self) -> bool:
@@ -238,31 +242,41 @@ class SteepestDescent(Optimizer):
         name = group["param_names"][position] if "param_names" in group else f"number {position} of its group"
         return f"parameter {name} (shape {tuple(parameter.shape)})"
 
-    def _buckets(self, group: dict[str, Any]) -> "list[_Bucket]":
+    def _buckets(self, index: int, group: dict[str, Any]) -> "list[_Bucket]":
         """Blocks of equal shape, dtype, device and norm, in the order of the parameters."""
         buckets: dict[Any, _Bucket] = {}
         stateful = group["momentum"] > 0
-        for parameter in group["params"]:
+        for parameter, layout, norms in self._plan(index, group):
             gradient = parameter.grad
             if gradient is None or parameter.numel() == 0:
                 continue
-            layout = Layout(group["layout"], group["split"], group["transposed"]).resolve(parameter.shape)
-            order = memory_order(parameter) if layout.kind == "conv" else None
             momentum = self._momentum_buffer(parameter) if stateful else gradient
-            views = zip(
-                layout.blocks(parameter, order),
-                layout.blocks(gradient, order),
-                layout.blocks(momentum, order),
-                self._block_norms(parameter, group),
-                strict=True,
-            )
-            for block, block_gradient, block_momentum, (norm, factor) in views:
-                key = (block.shape[1:], block.dtype, block.device, norm, factor)
-                bucket = buckets.setdefault(key, _Bucket(norm, factor, [], [], []))
-                bucket.parameters.append(block)
-                bucket.gradients.append(block_gradient)
-                bucket.momenta.append(block_momentum)
+            if layout.is_plain and parameter.ndim == 2:
+                triples = [(parameter, gradient, momentum)]
+            else:
+                order = memory_order(parameter) if layout.kind == "conv" else None
+                views = (layout.blocks(tensor, order) for tensor in (parameter, gradient, momentum))
+                triples = list(zip(*views, strict=True))
+            for blocks, (norm, factor) in zip(triples, norms, strict=True):
+                block = blocks[0]
+                key = (block.shape[-2:], block.ndim, block.dtype, block.device, norm, factor)
+                if key not in buckets:
+                    buckets[key] = _Bucket(norm, factor, [], [], [])
+                buckets[key].append(*blocks)
         return list(buckets.values())
+
+    def _plan(self, index: int, group: dict[str, Any]) -> "list[tuple[Tensor, Layout, list[tuple[Norm, float]]]]":
+        """Per parameter its layout and the norm and factor of each of its blocks; made anew when a setting changes."""
+        settings = [group[key] for key in self._shape_settings], [id(parameter) for parameter in group["params"]]
+        known = self._plans.get(index)
+        if known is None or known[0] != settings:
+            layout = Layout(group["layout"], group["split"], group["transposed"])
+            plan = [
+                (parameter, layout.resolve(parameter.shape), list(self._block_norms(parameter, group)))
+                for parameter in group["params"]
+            ]
+            known = self._plans[index] = (settings, plan)
+        return known[1]
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -314,13 +328,23 @@ class SteepestDescent(Optimizer):
 
 @dataclass
 class _Bucket:
-    """Blocks (batch, m, n) that one batched computation updates."""
+    """Blocks that one batched computation updates: all (m, n), or all (batch, m, n)."""
 
     norm: Norm
     factor: float
     parameters: list[Tensor]
     gradients: list[Tensor]
     momenta: list[Tensor]
+
+    def append(self, parameter: Tensor, gradient: Tensor, momentum: Tensor) -> None:
+        self.parameters.append(parameter)
+        self.gradients.append(gradient)
+        self.momenta.append(momentum)
+
+    def slice(self, start: int, end: int) -> "_Bucket":
+        return _Bucket(
+            self.norm, self.factor, self.parameters[start:end], self.gradients[start:end], self.momenta[start:end]
+        )
 
 
 def _chunks(bucket: _Bucket, foreach: bool | None) -> Iterator[_Bucket]:
@@ -331,25 +355,21 @@ def _chunks(bucket: _Bucket, foreach: bool | None) -> Iterator[_Bucket]:
     start = size = 0
     for end, block in enumerate(bucket.parameters):
         if size and size + block.numel() > limit:
-            yield _slice(bucket, start, end)
+            yield bucket.slice(start, end)
             start, size = end, 0
         size += block.numel()
-    yield _slice(bucket, start, len(bucket.parameters))
-
-
-def _slice(bucket: _Bucket, start: int, end: int) -> _Bucket:
-    piece = slice(start, end)
-    return _Bucket(bucket.norm, bucket.factor, bucket.parameters[piece], bucket.gradients[piece], bucket.momenta[piece])
+    yield bucket.slice(start, len(bucket.parameters))
 
 
 def _momentum(chunk: _Bucket, group: dict[str, Any]) -> Tensor:
-    """Move the momenta of a chunk; return the read-only (batch, m, n) whose direction is taken."""
+    """Move the momenta of a chunk; return the read-only matrices whose direction is taken, stacked."""
     weight, gradients, momenta = group["momentum"], chunk.gradients, chunk.momenta
     if weight == 0:
         return _stack(gradients)
-    gradients = [gradient.to(buffer.dtype) for gradient, buffer in zip(gradients, momenta, strict=True)]
+    if gradients[0].dtype != momenta[0].dtype:
+        gradients = [gradient.to(momenta[0].dtype) for gradient in gradients]
     if group["momentum_form"] == "lion":
-        ahead = _stack(list(torch._foreach_lerp(gradients, momenta, group["interpolation"])))
+        ahead = _stack(torch._foreach_lerp(gradients, momenta, group["interpolation"]))
         torch._foreach_lerp_(momenta, gradients, 1 - weight)
         return ahead
     if group["momentum_form"] == "ema":
@@ -359,25 +379,33 @@ def _momentum(chunk: _Bucket, group: dict[str, Any]) -> Tensor:
         torch._foreach_mul_(momenta, weight)
         torch._foreach_add_(momenta, gradients)
         ahead = torch._foreach_add(gradients, momenta, alpha=weight) if group["nesterov"] else momenta
-    return _stack(list(ahead))
+    return _stack(ahead)
 
 
-def _stack(blocks: list[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def _stack(blocks: Sequence[Tensor]) -> Tensor:
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.stack(list(blocks)) if blocks[0].ndim == 2 else torch.cat(list(blocks))
 
 
-def _apply(chunk: _Bucket, direction: Tensor, factor: float, group: dict[str, Any]) -> None:
-    lr = group["lr"]
+def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any]) -> None:
+    """Decay and move the parameters of a chunk, against its direction."""
+    lr, parameters = group["lr"], chunk.parameters
     decay = 1 - lr if group["constrained"] else 1 - lr * group["weight_decay"]
     if isinstance(decay, Tensor) or decay != 1:
-        torch._foreach_mul_(chunk.parameters, decay)
-    alpha = -factor if group["maximize"] else factor
-    blocks = direction.split([len(block) for block in chunk.parameters])
+        torch._foreach_mul_(parameters, decay)
+    alpha = chunk.factor if group["maximize"] else -chunk.factor
     if isinstance(lr, Tensor):
-        blocks = direction.mul(lr.to(direction.device, direction.dtype) * alpha).split([len(b) for b in blocks])
-        torch._foreach_add_(chunk.parameters, blocks)
+        direction = direction.mul_(lr.to(direction.device, direction.dtype) * alpha)
+        alpha = 1.0
     else:
-        torch._foreach_add_(chunk.parameters, blocks, alpha=lr * alpha)
+        alpha *= lr
+    if len(parameters) == 1:
+        parameters[0].add_(direction, alpha=alpha)
+    elif parameters[0].ndim == 2:
+        torch._foreach_add_(parameters, direction.unbind(), alpha=alpha)
+    else:
+        torch._foreach_add_(parameters, direction.split([len(block) for block in parameters]), alpha=alpha)
 
 
 def _base(norm: Norm) -> Norm:
@@ -398,13 +426,14 @@ def _shape_factor(name: AdjustLr, shape: tuple[int, ...]) -> float:
 
 
 def _first_nonfinite(gradients: list[Tensor]) -> int | None:
-    """Position of the first tensor with NaN or infinity. A sum shows it in one fast pass, unless it overflowed."""
+    """Position of the first tensor with NaN or infinity. A norm shows it in one fast pass, unless it overflowed."""
     filled = [(index, gradient) for index, gradient in enumerate(gradients) if gradient.numel()]
     if not filled:
         return None
-    device = filled[0][1].device
-    sums = [gradient.sum(dtype=torch.float32 if gradient.itemsize < 4 else None) for _, gradient in filled]
-    finite = torch.stack([value.double().to(device) for value in sums]).isfinite()
+    norms = torch._foreach_norm([gradient for _, gradient in filled])
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
+    finite = torch.stack(list(norms)).isfinite()
     if bool(finite.all()):
         return None
     for suspect in (~finite).nonzero().flatten().tolist():

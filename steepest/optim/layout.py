@@ -27,6 +27,11 @@ class Layout:
     split: tuple[int, ...] | None = None
     transposed: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a matrix is seen just as it is stored."""
+        return self.kind == "matrix" and self.split is None and not self.transposed
+
     def resolve(self, shape: Sequence[int]) -> "Layout":
         """This layout for parameters of `shape`, with "auto" decided.
 

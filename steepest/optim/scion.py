@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -74,6 +74,8 @@ class Scion(SteepestDescent):
         ...     lr=2**-12,
         ... )
     """
+
+    _shape_settings: ClassVar[tuple[str, ...]] = (*SteepestDescent._shape_settings, "radius")
 
     def __init__(
         self,

@@ -19,18 +19,18 @@ class Norm(ABC):
     """
 
     @abstractmethod
-    def norm(self, x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
+    def norm(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""$\|x\|$."""
 
     @abstractmethod
-    def dual(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
+    def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""$\|g\|_* = \max_{\|x\| \le 1} \langle g, x \rangle$."""
 
     @abstractmethod
-    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def direction(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""A maximiser of $\langle g, x \rangle$ over the unit ball, minus `lmo`; zero at zero. Always a new tensor."""
 
-    def lmo(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def lmo(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""A minimiser of $\langle g, x \rangle$ over the unit ball; zero where `g` is zero."""
         return self.direction(g).neg_()
 
@@ -39,12 +39,12 @@ class Norm(ABC):
     def dual_norm(self) -> "Norm":
         r"""The dual norm as a `Norm`: ``dual_norm.norm(g) == dual(g)``."""
 
-    def sharp(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def sharp(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""$g^\sharp = \arg\max_x \langle g, x \rangle - \|x\|^2 / 2 = -\|g\|_*\,\mathrm{lmo}(g)$."""
         direction, length = self.direction_and_dual(g)
         return direction.mul_(_expand(length, self.dims(g)).to(g.dtype))
 
-    def direction_and_dual(self, g: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor]:
+    def direction_and_dual(self, g: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
         """(`direction(g)`, `dual(g)`); where the direction is approximate, the dual is what it attains."""
         return self.direction(g), self.dual(g)
 
@@ -153,15 +153,15 @@ class Lp(Norm):
     def dual_norm(self) -> Norm:
         return Lp(_conjugate(self.p), self.event_ndim)
 
-    def norm(self, x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
+    def norm(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         check_tensor(x)
         return entrywise_norm(x, self.p, self.dims(x))
 
-    def dual(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
+    def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         check_tensor(g, "g")
         return entrywise_norm(g, _conjugate(self.p), self.dims(g))
 
-    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def direction(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         check_tensor(g, "g")
         dims = self.dims(g)
         if math.isinf(self.p):

@@ -14,9 +14,11 @@ from steepest.geometry.coefficients import Triple, coefficient_schedule
 Method = Literal["auto", "svd", "eigh", "newton_schulz", "gram"]
 Normalize = Literal["schatten4", "frobenius", "aol"]
 
-# Gram iterations square the spectrum: rounding errors of size eps grow by the product of a^2. Past this they need a
-# fresh Gram matrix.
-_LARGEST_GRAM_ERROR = 1.2
+# Gram iterations square the spectrum: rounding errors of size eps grow by the product of a^2. Past this the iteration
+# needs a fresh Gram matrix. Half precision follows published practice (a restart after two steps).
+_LARGEST_GRAM_ERROR = {torch.float64: 1e-8, torch.float32: 0.05, torch.float16: 1.2, torch.bfloat16: 1.2}
+# Smaller than any norm of a matrix whose largest entry is one; its reciprocal is a number in every dtype.
+_SMALLEST_SQUARE = 2.0**-13
 _AMX_SHORT_SIDE = 192
 _TENSOR_CORE_GRAM_SHORT_SIDE = 256
 
@@ -150,7 +152,7 @@ def _restarts(triples: Sequence[Triple], dtype: torch.dtype) -> tuple[int, ...]:
     """The steps before which the Gram matrix is formed anew, because its rounding errors have grown too large."""
     epsilon, growth, found = torch.finfo(dtype).eps, 1.0, []
     for step, (a, _, _) in enumerate(triples):
-        if step and epsilon * growth > _LARGEST_GRAM_ERROR:
+        if step and epsilon * growth > _LARGEST_GRAM_ERROR[dtype]:
             found.append(step)
             growth = 1.0
         growth *= a * a
@@ -195,7 +197,7 @@ def _normalized_gram(
     else:
         square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=accumulate)[:, None, None]
     # Rounding must not leave a singular value above one: some tables grow quickly there.
-    square = square.clamp_min(torch.finfo(torch.float32).tiny) * (1 + 4 * torch.finfo(x.dtype).eps)
+    square = square.clamp_min(_SMALLEST_SQUARE) * (1 + 4 * torch.finfo(x.dtype).eps)
     return x.mul_(square.rsqrt().to(x.dtype)), gram.mul_(square.reciprocal().to(x.dtype))
 
 

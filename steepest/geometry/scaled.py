@@ -53,16 +53,16 @@ class Scaled(Norm):
             return Scaled(self.base.dual_norm, 1 / self.radius)
         return Scaled(self.base.dual_norm, _Inverse(self.radius))
 
-    def norm(self, x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
+    def norm(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.base.norm(x) / self._radius(x)
 
-    def dual(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch"]:
+    def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.base.dual(g) * self._radius(g)
 
-    def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
+    def direction(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.base.direction(g).mul_(self._radius(g))
 
-    def direction_and_dual(self, g: Float[Tensor, "*batch m n"]) -> tuple[Tensor, Tensor]:
+    def direction_and_dual(self, g: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
         direction, dual = self.base.direction_and_dual(g)
         radius = self._radius(g)
         return direction.mul_(radius), dual * radius

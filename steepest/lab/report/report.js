@@ -11,6 +11,9 @@
   const touch = matchMedia("(pointer: coarse)").matches;
   const crowded = data.methods.length > 8;
 
+  const losses = data.sensitivity.flatMap((s) => s.points.map((p) => p[1])).filter((v) => v !== null);
+  state.log = losses.length > 0 && Math.min(...losses) > 0 && Math.max(...losses) > 10 * Math.min(...losses);
+
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const colour = (m) => css(`--m${m % 7}`);
   const fade = (hex, alpha) => {
@@ -34,13 +37,18 @@
       bgcolor: css("--surface"), bordercolor: css("--line"), namelength: -1,
       font: { family: css("--sans"), size: 13, color: css("--text") },
     },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--accent") },
     dragmode: touch ? false : "zoom", showlegend: false, ...more,
   });
   const log = (title, values, more) => {
     const good = values.filter((v) => v > 0), decades = Math.log10(Math.max(...good) / Math.min(...good));
     return axis(title, { type: "log", ...(decades > 3 ? { dtick: 1, exponentformat: "power" } : { dtick: "D2", tickformat: "~g" }), ...more });
   };
-  const xAxis = () => axis(state.x === "step" ? "Step" : "Seconds of training", { rangemode: "tozero", hoverformat: state.x === "step" ? ",d" : ".1f" });
+  const time = (title, text) => axis(title, {
+    rangemode: "tozero", unifiedhovertitle: { text }, showspikes: !crowded, spikecolor: css("--muted"), spikethickness: 1,
+  });
+  const steps = () => time("Step", "Step %{x:,d}");
+  const xAxis = () => (state.x === "step" ? steps() : time("Seconds of training", "%{x:.3~g} seconds"));
 
   function validation() {
     const series = data.validation.filter((s) => s.metric === state.metric);
@@ -134,7 +142,7 @@
     }));
     return {
       traces, empty: "No dynamics were recorded.",
-      layout: layout({ xaxis: axis("Step", { rangemode: "tozero", hoverformat: ",d" }), yaxis: log(QUANTITIES[state.quantity] || "", traces.flatMap((t) => t.y)), uirevision: `${state.role}${state.quantity}` }),
+      layout: layout({ xaxis: steps(), yaxis: log(QUANTITIES[state.quantity] || "", traces.flatMap((t) => t.y)), uirevision: `${state.role}${state.quantity}` }),
     };
   }
 
@@ -208,6 +216,7 @@
     input.addEventListener("change", () => { state.x = input.value; draw("validation", "training"); });
   }
   byId("band").addEventListener("change", (e) => { state.band = e.target.checked; draw("validation"); });
+  byId("log").checked = state.log;
   byId("log").addEventListener("change", (e) => { state.log = e.target.checked; draw("validation", "training", "sensitivity"); });
   fill(byId("metric"), data.metrics.map((m) => m.label));
   byId("metric-box").hidden = data.metrics.length < 2;

@@ -192,14 +192,15 @@ def _provenance(evidence: Evidence, status: str) -> str:
     return f"Recorded {day} at scale {evidence.scale}; {around}.{stale}"
 
 
-def _brief(value: Any) -> str:
-    """Numbers with four digits, names kept, nesting by brackets."""
+def _brief(value: Any, inner: bool = False) -> str:
+    """Numbers with four digits, with their names; what is nested stands in brackets."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {_brief(item)}" for name, item in value.items())
+        text = "; ".join(f"{name}: {_brief(item, inner=True)}" for name, item in value.items())
+        return f"({text})" if inner else text
     if isinstance(value, list):
-        return "[" + ", ".join(_brief(item) for item in value) + "]"
+        return "[" + ", ".join(_brief(item, inner=True) for item in value) + "]"
     return str(value)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def _measure(study: Study, claim: Claim, run: Run) -> Mapping[str, Any]:
 def _environment(device: str) -> dict[str, Any]:
     import torch
 
-    return environment(torch.device(device))
+    return {**environment(torch.device(device)), "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def _device(scale: Scale) -> str:

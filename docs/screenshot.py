@@ -4,13 +4,13 @@ Without an argument, the newest report under runs/ is taken. Needs Playwright an
 """
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "assets" / "report.png"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def find_report(given: Path | None) -> Path:
@@ -34,12 +34,12 @@ def photograph(report: Path, target: Path, width: int) -> None:
     """Write the report from its top to the end of the first chart to `target` (PNG)."""
     from playwright.sync_api import sync_playwright
 
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
-        raise SystemExit(f"No browser found; looked for {', '.join(BROWSERS)}.")
+    program = os.environ.get("STEEPEST_CHROMIUM") or shutil.which("chromium")
+    if not program:
+        raise SystemExit("No Chromium: install it, or set STEEPEST_CHROMIUM to the program.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": 3000})
         page.goto(report.resolve().as_uri())
         chart = page.locator(".js-plotly-plot .main-svg").first

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.lab.settings import RaceError
 from steepest.lab.streams import RandomStream
 
 EPOCH_STRIDE = 1_000_003
+
+
+class NoBatchError(Exception):
+    """The training batches of a task are empty."""
 
 
 class Feed:
@@ -37,7 +40,7 @@ class Feed:
                     continue
                 self.count += 1
                 return batch
-        raise RaceError(f"batches('train', {self.seed}) of the task gives no batch")
+        raise NoBatchError(f"batches('train', {self.seed}) gives no batch")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the feed is."""

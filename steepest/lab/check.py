@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steepest.lab.batches import Feed, to_device
+from steepest.lab.batches import Feed, NoBatchError, to_device
 from steepest.lab.settings import RaceError
 from steepest.lab.streams import RandomStream
 from steepest.lab.trial import evaluate
@@ -106,5 +106,7 @@ def _call(action: Any, spec: str, what: str) -> Any:
         return action()
     except RaceError:
         raise
+    except NoBatchError as error:
+        raise RaceError(f"{what} of the task {spec} gives no batch; it must give at least one") from error
     except Exception as error:
         raise RaceError(f"{what} of the task {spec} raised {type(error).__name__}: {error}") from error

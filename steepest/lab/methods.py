@@ -58,12 +58,12 @@ class Method:
 
 RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
-        "adamw": (3e-4, 3e-2),
-        "sgd": (1e-2, 1.0),
-        "sign": (5e-5, 5e-3),
-        "muon": (3e-4, 3e-2),
-        "scion": (2e-3, 0.2),
-        "normalized": (2e-3, 0.2),
+        "adamw": (5e-4, 5e-2),
+        "sgd": (3e-2, 3.0),
+        "sign": (1e-4, 1e-2),
+        "muon": (1e-3, 1e-1),
+        "scion": (2e-3, 2e-1),
+        "normalized": (1e-2, 1.0),
     }
 )
 """Where a race begins to look: two decades for every method, so that the same number of trials means the same care."""

@@ -44,31 +44,34 @@ def race(settings: RaceSettings, console: Any = None) -> dict[str, Any]:
         >>> document = race(RaceSettings(task="digits", methods=("adamw", "sgd"), steps=20))  # doctest: +SKIP
         >>> document["winner"]  # doctest: +SKIP
     """
-    say = _sayer(console)
     with _terminated_like_interrupted(), _threads(settings):
         try:
             device = find_device(settings.device)
             _make_folder(settings.folder)
-            store = RaceStore(settings.storage_url, settings.run_name)
-            attributes, task = join(settings, store, device, say)
-            bench = open_bench(settings, store, attributes, task)
-            done = len(store.finished())
-            what = f"{len(bench.methods)} methods, {bench.steps} steps a trial"
-            say(f"Race {settings.run_name}: {what}, on {bench.device}")
-            say(f"Results go to {settings.folder}" + (f"; going on after {done} finished trials" if done else ""))
-            with Display(console, bench.plan, done) as display:
-                if settings.workers == 1:
-                    work(bench, display)
-                else:
-                    run_team(bench, display)
+            with contextlib.closing(RaceStore(settings.storage_url, settings.run_name)) as store:
+                document = _run(settings, store, device, console)
         except KeyboardInterrupt:
             raise RaceInterruptedError(
                 f"stopped; everything is saved in {settings.folder}. Give the same command again to go on"
             ) from None
-    document = build_document(store)
     _write(settings.folder, document)
     _conclude(console, settings.folder, document)
     return document
+
+
+def _run(settings: RaceSettings, store: RaceStore, device: torch.device, console: Any) -> dict[str, Any]:
+    say = _sayer(console)
+    attributes, task = join(settings, store, device, say)
+    bench = open_bench(settings, store, attributes, task)
+    done = len(store.finished())
+    say(f"Race {settings.run_name}: {len(bench.methods)} methods, {bench.steps} steps a trial, on {bench.device}")
+    say(f"Results go to {settings.folder}" + (f"; going on after {done} finished trials" if done else ""))
+    with Display(console, bench.plan, done) as display:
+        if settings.workers == 1:
+            work(bench, display)
+        else:
+            run_team(bench, display)
+    return build_document(store)
 
 
 def load_document(run: str | Path, storage: str | None = None, name: str | None = None) -> dict[str, Any]:
@@ -91,10 +94,9 @@ def load_document(run: str | Path, storage: str | None = None, name: str | None 
             return json.loads(stored.read_text())
         except (OSError, ValueError) as error:
             raise RaceError(f"{stored} cannot be read: {error}") from error
-    store = RaceStore(storage or f"sqlite:///{(folder / 'race.db').resolve()}", name or folder.resolve().name)
-    if not store.exists():
-        raise RaceError(f"the storage holds no race {store.name!r}")
-    return build_document(store)
+    url = storage or f"sqlite:///{(folder / 'race.db').resolve()}"
+    with contextlib.closing(RaceStore(url, name or folder.resolve().name)) as store:
+        return build_document(store)
 
 
 def _write(folder: Path, document: dict[str, Any]) -> None:

@@ -71,6 +71,11 @@ class RaceStore:
         self._mine: set[int] = set()
         self._seen: dict[int, tuple[Any, float]] = {}
 
+    def close(self) -> None:
+        """Close the connections; the store can be used again, and opens new ones."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     def exists(self) -> bool:
         """Whether the study is there."""
         import optuna

@@ -69,7 +69,12 @@ class Text:
         from steepest.data import text
 
         try:
-            return text("bpe", vocab_size=self.vocab_size, path=self.data)
+            if self.data is None:
+                return text("bpe", vocab_size=self.vocab_size)
+            try:
+                return text("bpe", vocab_size=self.vocab_size, path=self.data)
+            except ValueError:  # too little text for so many tokens
+                return text("byte", path=self.data)
         except (ValueError, OSError) as error:
             raise RaceError(f"the text {self.data or '(embedded)'} cannot be used: {error}") from error
 

@@ -215,7 +215,8 @@ def main() -> None:
         attributes = store.attributes()
         if attributes is None:
             raise RaceError(f"the race {settings.run_name!r} is not in its storage")
-        work(open_bench(settings, store, attributes), parent=int(given["parent"]))
+        with contextlib.closing(store):
+            work(open_bench(settings, store, attributes), parent=int(given["parent"]))
     except (KeyboardInterrupt, RaceInterruptedError):
         sys.exit(130)
     except RaceError as error:

@@ -28,7 +28,9 @@ def plans(draw):
     entrants = []
     for i in range(count):
         low = draw(LRS)
-        entrants.append(Entrant(f"m{i}", low, low * draw(st.sampled_from([3.0, 10.0, 100.0, 1000.0])), draw(st.booleans())))
+        entrants.append(
+            Entrant(f"m{i}", low, low * draw(st.sampled_from([3.0, 10.0, 100.0, 1000.0])), draw(st.booleans()))
+        )
     return PlanSettings(
         tuple(entrants),
         lr_trials=draw(st.integers(1, 8)),

@@ -111,7 +111,12 @@ class Spectral(Schatten):
     def __post_init__(self) -> None:
         coefficient_schedule(self.coefficients, self.steps)
         polar(
-            torch.zeros(1, 0), self.method, coefficients=self.coefficients, steps=self.steps, normalize=self.normalize
+            torch.zeros(1, 0),
+            self.method,
+            coefficients=self.coefficients,
+            steps=self.steps,
+            dtype=self.dtype,
+            normalize=self.normalize,
         )
 
     @property

@@ -59,7 +59,7 @@ def polar(
         normalize: how an iteration brings the singular values into [0, 1] first: divides by the Schatten-4 norm
             (``"schatten4"``, $\|X X^\top\|_F^{1/2}$, tighter than Frobenius by up to $\min(m, n)^{1/4}$ and free, since
             the Gram matrix is needed anyway), by the Frobenius norm (as in Muon), or scales the rows by the
-            almost-orthogonal preconditioner ``"aol"`` (which the table "aol" needs).
+            almost-orthogonal preconditioner ``"aol"`` (which changes the matrix, and so the factor, too).
 
     Returns:
         A tensor of the shape and dtype of `x`.
@@ -81,11 +81,9 @@ def polar(
 
     """
     _check(x, method, normalize)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     triples = coefficient_schedule(coefficients, steps)
-    if coefficients == "aol" and normalize != "aol" and method in ("auto", "newton_schulz", "gram"):
-        raise ValueError(
-            f"coefficients='aol' needs normalize='aol' (else large singular values flip), got {normalize!r}"
-        )
     if x.numel() == 0:
         return torch.zeros_like(x)
     flat = x.reshape(-1, *x.shape[-2:])

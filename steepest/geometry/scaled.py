@@ -105,7 +105,7 @@ class ShapeRadius:
         factor = max(out, 1) ** (self.out_power / 2) * max(into, 1) ** (self.in_power / 2)
         if self.at_least_one:
             factor = max(1.0, factor)
-        return self.radius * factor / math.prod(shape[2:])
+        return self.radius * factor / max(math.prod(shape[2:]), 1)
 
 
 def rms_to_rms(radius: float = 1.0, *, at_least_one: bool = False, base: Norm | None = None) -> Scaled:

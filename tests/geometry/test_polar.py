@@ -139,7 +139,7 @@ def test_rank_deficiency_gives_a_partial_isometry(method: str) -> None:
 def test_the_aol_table_flips_no_singular_value(normalize: str) -> None:
     near_rank_one = with_spectrum(torch.tensor([1.0, 1e-3], dtype=torch.float64), 6, 6)
     q = polar(near_rank_one, "newton_schulz", coefficients="aol", normalize=normalize)
-    assert float((q * near_rank_one).sum()) == pytest.approx(1.0, abs=0.02)
+    assert float((q * near_rank_one).sum()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_aol_scales_a_random_matrix_to_contraction() -> None:

@@ -1,8 +1,10 @@
 """The engine of every norm-based optimizer: momentum, a direction by a norm's oracle, a step; equal shapes at once."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -103,6 +105,8 @@ class SteepestDescent(Optimizer):
         self.step_rule = Unit() if step_rule is None else step_rule
         if not isinstance(self.step_rule, StepRule):
             raise TypeError(f"step_rule must be a StepRule, got {type(step_rule).__name__}")
+        if foreach is not None and not isinstance(foreach, bool):
+            raise TypeError(f"foreach must be True, False or None, got {foreach!r}")
         self.foreach = foreach
         self._plans: dict[int, Any] = {}
         defaults = {
@@ -117,7 +121,7 @@ class SteepestDescent(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "nonfinite": nonfinite,
             "layout": layout,
-            "split": None if split is None else tuple(split),
+            "split": split,
             "transposed": transposed,
             "maximize": maximize,
             "skipped_steps": 0,
@@ -132,16 +136,18 @@ class SteepestDescent(Optimizer):
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             group["norm"] = self._resolve_norm(group["norm"])
-            if group["split"] is not None:
-                group["split"] = tuple(group["split"])
-            _check_group(group, len(self.param_groups) - 1)
-            for parameter in group["params"]:
-                _check_parameter(parameter)
-                for _ in self._block_norms(parameter, group):
-                    pass
+            self._check(group, len(self.param_groups) - 1)
         except BaseException:
             del self.param_groups[before:]
             raise
+
+    def _check(self, group: dict[str, Any], index: int) -> None:
+        """Raise unless the settings of a group are right and fit its parameters."""
+        _check_group(group, index)
+        for parameter in group["params"]:
+            _check_parameter(parameter)
+            for _ in self._block_norms(parameter, group):
+                pass
 
     @property
     def skipped_steps(self) -> int:
@@ -170,6 +176,8 @@ class SteepestDescent(Optimizer):
                     f"norm {_base(norm)} is a norm of matrices, but a parameter has shape {tuple(parameter.shape)}; "
                     "give vectors and scalars an entrywise norm or another optimizer (steepest.optim.build does)"
                 )
+            if getattr(_base(norm), "event_ndim", 2) > 2:
+                raise ValueError(f"norm {_base(norm)} spans several matrices; event_ndim must be 1 or 2 here")
             yield norm, _shape_factor(group["adjust_lr_fn"], shape)
 
     @torch.no_grad()
@@ -190,23 +198,30 @@ class SteepestDescent(Optimizer):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return loss
+        copies: list[tuple[Tensor, Tensor]] = []
+        work = [
+            (bucket, group)
+            for index, group in enumerate(self.param_groups)
+            for bucket in self._buckets(index, group, copies)
+        ]
         waiting = []
-        for index, group in enumerate(self.param_groups):
-            for bucket in self._buckets(index, group):
-                for chunk in _chunks(bucket, self.foreach):
-                    if self.step_rule.needs_duals:
-                        direction, dual = bucket.norm.direction_and_dual(_momentum(chunk, group))
-                        waiting.append((chunk, direction, dual, group))
-                    else:
-                        _apply(chunk, bucket.norm.direction(_momentum(chunk, group)), group)
+        for bucket, group in work:
+            for chunk in _chunks(bucket, self.foreach):
+                if self.step_rule.needs_duals:
+                    direction, dual = bucket.norm.direction_and_dual(_momentum(chunk, group))
+                    waiting.append((chunk, direction, dual, group))
+                else:
+                    _apply(chunk, bucket.norm.direction(_momentum(chunk, group)), group)
         if waiting:
             duals = [dual.double() if dual.dtype == torch.float64 else dual.float() for _, _, dual, _ in waiting]
             device = duals[0].device
             lengths = self.step_rule.lengths(torch.cat([dual.flatten().to(device) for dual in duals]))
             pieces = lengths.split([dual.numel() for dual in duals])
             for (chunk, direction, dual, group), length in zip(waiting, pieces, strict=True):
-                scale = length.to(direction.device, direction.dtype).reshape(*dual.shape, 1, 1)
-                _apply(chunk, direction.mul_(scale), group)
+                shape = (*dual.shape, *(1 for _ in range(direction.ndim - dual.ndim)))
+                _apply(chunk, direction, group, length.to(direction.device).reshape(shape))
+        for parameter, copy in copies:
+            parameter.copy_(copy)
         return loss
 
     def _gradients_are_usable(self) -> bool:
@@ -242,19 +257,28 @@ class SteepestDescent(Optimizer):
         name = group["param_names"][position] if "param_names" in group else f"number {position} of its group"
         return f"parameter {name} (shape {tuple(parameter.shape)})"
 
-    def _buckets(self, index: int, group: dict[str, Any]) -> "list[_Bucket]":
-        """Blocks of equal shape, dtype, device and norm, in the order of the parameters."""
+    def _buckets(self, index: int, group: dict[str, Any], copies: list[tuple[Tensor, Tensor]]) -> "list[_Bucket]":
+        """Blocks of equal shape, dtype, device and norm, in the order of the parameters.
+
+        A parameter whose memory does not let its matrices be seen is copied; `copies` gets it and its copy.
+        """
         buckets: dict[Any, _Bucket] = {}
         stateful = group["momentum"] > 0
-        for parameter, layout, norms in self._plan(index, group):
-            gradient = parameter.grad
-            if gradient is None or parameter.numel() == 0:
+        for stored, layout, norms in self._plan(index, group):
+            gradient = stored.grad
+            if gradient is None or stored.numel() == 0:
                 continue
-            momentum = self._momentum_buffer(parameter) if stateful else gradient
-            if layout.is_plain and parameter.ndim == 2:
-                triples = [(parameter, gradient, momentum)]
+            momentum = self._momentum_buffer(stored) if stateful else gradient
+            if layout.is_plain and stored.ndim == 2:
+                triples = [(stored, gradient, momentum)]
             else:
-                order = memory_order(parameter) if layout.kind == "conv" else None
+                parameter = stored
+                if not layout.is_view(stored, memory_order(stored)):
+                    parameter = stored.contiguous()
+                    copies.append((stored, parameter))
+                order = memory_order(parameter)
+                if stateful and not layout.is_view(momentum, order):
+                    momentum = self.state[stored]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
                 views = (layout.blocks(tensor, order) for tensor in (parameter, gradient, momentum))
                 triples = list(zip(*views, strict=True))
             for blocks, (norm, factor) in zip(triples, norms, strict=True):
@@ -280,15 +304,18 @@ class SteepestDescent(Optimizer):
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        elif buffer.dtype != parameter.dtype or buffer.device != parameter.device:  # the model has moved since
+            buffer = state["momentum_buffer"] = buffer.to(parameter.device, parameter.dtype)
+        return buffer
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors only (norms as text), so that `torch.load(..., weights_only=True)` reads it."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group["norm"] = str(group["norm"])
+            group["norm"] = _text(group["norm"])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,33 +324,30 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: it comes from other groups, shapes or norms; the optimizer is then unchanged.
         """
-        state, groups = state_dict.get("state"), state_dict.get("param_groups")
-        if groups is None or state is None:
-            raise ValueError(f"state_dict must hold 'state' and 'param_groups', got {', '.join(map(str, state_dict))}")
-        if len(groups) != len(self.param_groups):
-            raise ValueError(f"state_dict has {len(groups)} parameter groups, this optimizer {len(self.param_groups)}")
-        restored = []
-        for index, (saved, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if str(saved.get("norm")) != str(own["norm"]):
-                raise ValueError(
-                    f"state_dict was made with norm {saved.get('norm')} in group {index}, here it is {own['norm']}"
-                )
-            if len(saved["params"]) != len(own["params"]):
-                raise ValueError(
-                    f"group {index} of state_dict has {len(saved['params'])} parameters, here {len(own['params'])}"
-                )
-            for key, parameter in zip(saved["params"], own["params"], strict=True):
-                buffer = state.get(key, {}).get("momentum_buffer")
-                if buffer is not None and buffer.shape != parameter.shape:
+        missing = {"state", "param_groups"} - set(state_dict)
+        if missing and not self._optimizer_load_state_dict_pre_hooks:
+            raise ValueError(
+                f"state_dict must hold 'state' and 'param_groups', got {', '.join(map(str, state_dict)) or 'nothing'}"
+            )
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "defaults" not in state:  # from load_state_dict, after its hooks, before anything is changed
+            for index, (group, own) in enumerate(zip(state["param_groups"], self.param_groups, strict=True)):
+                if str(group.get("norm")) != _text(own["norm"]):
                     raise ValueError(
-                        f"state_dict has a momentum of shape {tuple(buffer.shape)} for a parameter of shape "
-                        f"{tuple(parameter.shape)} in group {index}"
+                        f"state_dict was made with norm {group.get('norm')} in group {index}, here it is {own['norm']}"
                     )
-            restored.append({**own, **saved, "norm": own["norm"], "params": saved["params"]})
-        super().load_state_dict({**state_dict, "param_groups": restored})
-        for group in self.param_groups:
-            if group["split"] is not None:
-                group["split"] = tuple(group["split"])
+                group.update({**own, **group, "norm": own["norm"]})
+                self._check(group, index)
+                for parameter in group["params"]:
+                    buffer = state["state"].get(parameter, {}).get("momentum_buffer")
+                    if buffer is not None and buffer.shape != parameter.shape:
+                        raise ValueError(
+                            f"state_dict has a momentum of shape {tuple(buffer.shape)} for a parameter of shape "
+                            f"{tuple(parameter.shape)} in group {index}"
+                        )
+        super().__setstate__(state)
 
 
 @dataclass
@@ -388,24 +412,29 @@ def _stack(blocks: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(blocks)) if blocks[0].ndim == 2 else torch.cat(list(blocks))
 
 
-def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any]) -> None:
+def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any], lengths: Tensor | None = None) -> None:
     """Decay and move the parameters of a chunk, against its direction."""
     lr, parameters = group["lr"], chunk.parameters
+    lr = lr.to(direction.device).reshape(()) if isinstance(lr, Tensor) else float(lr)
     decay = 1 - lr if group["constrained"] else 1 - lr * group["weight_decay"]
     if isinstance(decay, Tensor) or decay != 1:
         torch._foreach_mul_(parameters, decay)
-    alpha = chunk.factor if group["maximize"] else -chunk.factor
-    if isinstance(lr, Tensor):
-        direction = direction.mul_(lr.to(direction.device, direction.dtype) * alpha)
-        alpha = 1.0
-    else:
-        alpha *= lr
+    scale = lr * (chunk.factor if group["maximize"] else -chunk.factor)
+    if lengths is not None:
+        scale = scale * lengths  # first: a length alone may pass the range of half precision
+    if isinstance(scale, Tensor):
+        direction, scale = direction.mul_(scale), 1.0
     if len(parameters) == 1:
-        parameters[0].add_(direction, alpha=alpha)
+        parameters[0].add_(direction, alpha=scale)
     elif parameters[0].ndim == 2:
-        torch._foreach_add_(parameters, direction.unbind(), alpha=alpha)
+        torch._foreach_add_(parameters, direction.unbind(), alpha=scale)
     else:
-        torch._foreach_add_(parameters, direction.split([len(block) for block in parameters]), alpha=alpha)
+        torch._foreach_add_(parameters, direction.split([len(block) for block in parameters]), alpha=scale)
+
+
+def _text(norm: str | Norm) -> str:
+    """The norm as text that is the same in every process: without the addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(norm))
 
 
 def _base(norm: Norm) -> Norm:
@@ -453,16 +482,20 @@ def _check_parameter(parameter: Tensor) -> None:
 def _check_group(group: dict[str, Any], index: int) -> None:
     where = f"of parameter group {index} " if index else ""
     lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr {where}must hold one number, got a tensor of shape {tuple(lr.shape)}")
-    else:
-        _check_number(lr, "lr", where, math.inf)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr {where}must hold one number, got a tensor of shape {tuple(lr.shape)}")
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and not torch.compiler.is_compiling():
+        lr = lr.item()  # elsewhere, reading it would wait for the device
+    if not isinstance(lr, Tensor):
+        check_number(lr, "lr", where)
         if group["constrained"] and lr > 1:
             raise ValueError(f"lr {where}must be at most 1 when constrained=True, got {lr!r}")
-    _check_number(group["weight_decay"], "weight_decay", where, math.inf)
-    _check_number(group["momentum"], "momentum", where, 1.0)
-    _check_number(group["interpolation"], "interpolation", where, 1.0)
+    check_number(group["weight_decay"], "weight_decay", where)
+    check_number(group["momentum"], "momentum", where, 1.0)
+    check_number(group["interpolation"], "interpolation", where, 1.0)
+    for name in ("nesterov", "constrained", "transposed", "maximize"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} {where}must be True or False, got {group[name]!r}")
     if group["constrained"] and group["weight_decay"]:
         raise ValueError(f"weight_decay {where}must be 0 when constrained=True, got {group['weight_decay']!r}")
     for name, choices in (
@@ -474,9 +507,10 @@ def _check_group(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{name} {where}must be one of {', '.join(get_args(choices))}; got {group[name]!r}")
 
 
-def _check_number(value: Any, name: str, where: str, below: float) -> None:
+def check_number(value: Any, name: str, where: str = "", below: float = math.inf) -> None:
+    """Raise unless `value` is a finite number, at least 0 and below `below`."""
     bound = "" if below == math.inf else f" and below {below:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} {where}must be a number, got {type(value).__name__}")
-    if not 0 <= value < below:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} {where}must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 <= float(value) < below:
         raise ValueError(f"{name} {where}must be a finite number, at least 0{bound}; got {value!r}")

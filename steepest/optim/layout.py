@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from jaxtyping import Shaped
@@ -52,6 +53,8 @@ class Layout:
                 f"transposed=True needs a matrix or a batch of them, got a parameter of shape {tuple(shape)}"
             )
         if self.split is not None:
+            if isinstance(self.split, str) or not isinstance(self.split, Sequence):
+                raise TypeError(f"split must be a sequence of sizes or None, got {self.split!r}")
             split = tuple(self.split)
             if ndim < 2:
                 raise ValueError(f"split needs a matrix, got a parameter of shape {tuple(shape)}")
@@ -64,7 +67,7 @@ class Layout:
         return Layout(kind, None if self.split is None else tuple(self.split), self.transposed)
 
     def blocks(self, tensor: Shaped[Tensor, "..."], order: Sequence[int] | None = None) -> list[Tensor]:
-        """Views (batch, rows, columns) of `tensor`, one per block; a resolved layout is needed.
+        """Matrices (batch, rows, columns) of `tensor`, one entry per block: views if `is_view` says so, else copies.
 
         Args:
             tensor: a parameter, or its gradient or momentum.
@@ -72,7 +75,7 @@ class Layout:
                 that a channels-last kernel is seen without a copy.
         """
         if tensor.ndim < 2:
-            return [tensor.reshape(1, 1, -1) if not tensor.is_contiguous() else tensor.view(1, 1, -1)]
+            return [tensor.view(1, 1, -1)]
         if self.kind == "conv":
             ordered = tensor if order is None else tensor.permute(0, *order)
             matrices = ordered.reshape(1, tensor.shape[0], -1)
@@ -81,6 +84,12 @@ class Layout:
         if self.transposed:
             matrices = matrices.mT
         return [matrices] if self.split is None else list(matrices.split(self.split, dim=1))
+
+    def is_view(self, tensor: Shaped[Tensor, "..."], order: Sequence[int]) -> bool:
+        """Whether `blocks(tensor, order)` share the memory of `tensor`; a resolved layout is needed."""
+        merged = order if self.kind == "conv" else range(tensor.ndim - 2) if tensor.ndim > 3 else ()
+        sized = [dim for dim in merged if tensor.shape[dim] != 1]
+        return all(tensor.stride(a) == tensor.stride(b) * tensor.shape[b] for a, b in pairwise(sized))
 
     def shape_of(self, shape: Sequence[int], block: int) -> tuple[int, ...]:
         """(out, in, *kernel) of one block: what shape-dependent radii are functions of."""

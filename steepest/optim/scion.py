@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from steepest.geometry import Norm, Scaled, Spectral, get_norm
 from steepest.geometry.scaled import one_to_max, one_to_rms, rms_to_max, rms_to_rms, vector_rms
-from steepest.optim.engine import NonFinite, SteepestDescent
+from steepest.optim.engine import NonFinite, SteepestDescent, check_number
 from steepest.optim.layout import LayoutName
 from steepest.optim.step_rules import StepRule
 
@@ -119,6 +119,9 @@ class Scion(SteepestDescent):
         norm = group["norm"]
         if norm == "auto":
             norm = "spectral" if len(shape) > 1 else "vector"
+        if norm == "vector" and len(shape) > 1:
+            raise ValueError(f"norm 'vector' is for biases and gains, got a matrix of shape {shape}; try 'spectral'")
+        check_number(group["radius"], "radius")
         bound = (SCION_NORMS[norm]() if isinstance(norm, str) else norm).at(shape)
         radius = group["radius"]
         if isinstance(bound, Scaled) and not callable(bound.radius):

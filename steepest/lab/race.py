@@ -130,7 +130,7 @@ def _next_command(document: dict[str, Any]) -> str:
         why = f"the best learning rate of {', '.join(edges)} is at the edge of those tried"
     elif margin is not None and not margin["significant"]:
         change, name = f"--seeds {max(4, len(settings['seeds']) + 2)}", "more-seeds"
-        why = "the margin is within the spread over seeds"
+        why = "more seeds are needed to be sure of the winner"
     else:
         change, name = f"--steps {4 * settings['steps']}", "longer"
         why = "does it hold for longer training?"

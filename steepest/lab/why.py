@@ -78,7 +78,10 @@ def _result(winner: Mapping[str, Any], other: Mapping[str, Any] | None, margin: 
     )
     if margin["significant"]:
         return f"{text} The difference is larger than the spread over seeds{how}."
-    return f"{text} The difference is within the spread over seeds{how}: take the two as equal here, or add seeds."
+    noise = max(winner["final"]["std"] or 0.0, other["final"]["std"] or 0.0)
+    if abs(margin["loss"]) < 2 * noise:
+        return f"{text} The difference is within the spread over seeds{how}: take the two as equal here, or add seeds."
+    return f"{text} The difference is large, but {margin['seeds']} seeds are too few to be sure of it{how}: add seeds."
 
 
 def _speed(winner: Mapping[str, Any], other: Mapping[str, Any], margin: Mapping[str, Any]) -> list[str]:

@@ -194,8 +194,9 @@ def _normalized_gram(
         square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=accumulate)
     else:
         square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=accumulate)[:, None, None]
-    # Rounding must not leave a singular value above one: some tables grow quickly there.
-    square = square.clamp_min(_SMALLEST_SQUARE) * (1 + 4 * torch.finfo(x.dtype).eps)
+    # Rounding must not leave a singular value above one, where some tables grow quickly: the factor and the entries
+    # are each off by eps / 4 in half precision, the square by eps. More would bias the iteration.
+    square = square.clamp_min(_SMALLEST_SQUARE) * (1 + torch.finfo(x.dtype).eps)
     return x.mul_(square.rsqrt().to(x.dtype)), gram.mul_(square.reciprocal().to(x.dtype))
 
 

@@ -1,6 +1,7 @@
 """What "steepest" means: norms with their linear minimisation oracles, polar factors, mirror maps."""
 
 from steepest.geometry.coefficients import COEFFICIENTS, Coefficients, coefficient_schedule
+from steepest.geometry.directions import Direction
 from steepest.geometry.matrix_norms import (
     MaxColumn,
     MaxRow,
@@ -30,6 +31,7 @@ __all__ = [
     "NORMS",
     "Backend",
     "Coefficients",
+    "Direction",
     "EntropyMap",
     "Euclidean",
     "EuclideanMap",

@@ -37,6 +37,10 @@ class Schatten(Norm):
             raise ValueError(f"p must be positive, got {self.p!r}")
 
     @property
+    def costly(self) -> bool:
+        return True
+
+    @property
     def _dual_exponent(self) -> float:
         if self.p <= 1:
             return math.inf

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from steepest.geometry.directions import Direction
 from steepest.geometry.matrix_norms import MaxColumn, MaxRow, Nuclear, Spectral, SumColumn, SumRow
 from steepest.geometry.norms import L1, Euclidean, Max, Norm
 from steepest.geometry.scaled import one_to_max, one_to_rms, rms_to_max, rms_to_rms, vector_rms
@@ -31,19 +32,21 @@ NORMS: Mapping[str, Callable[[], Norm]] = MappingProxyType(
 )
 
 
-def get_norm(norm: str | Norm) -> Norm:
-    """The `Norm` of this name (a key of `NORMS`), or the object itself.
+def get_norm(norm: str | Direction) -> Direction:
+    """The `Norm` of this name (a key of `NORMS`), or the `Norm` or other `Direction` itself.
 
     ``"spectral"`` and ``"rms_to_rms"`` come with the fastest iteration for the device; build `Spectral` for others.
 
     Raises:
         ValueError: an unknown name.
-        TypeError: neither a name nor a `Norm`.
+        TypeError: neither a name nor a `Direction`.
     """
-    if isinstance(norm, Norm):
+    if isinstance(norm, Direction):
         return norm
     if not isinstance(norm, str):
-        raise TypeError(f"norm must be a Norm or one of the names {', '.join(NORMS)}; got {type(norm).__name__}")
+        raise TypeError(
+            f"norm must be a Norm, another Direction, or one of the names {', '.join(NORMS)}; got {type(norm).__name__}"
+        )
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
     return NORMS[norm]()

@@ -1,16 +1,18 @@
 """Norms with their duals and linear minimisation oracles: the base class and the entrywise norms."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steepest.geometry.directions import Direction
+
 
 @dataclass(frozen=True)
-class Norm(ABC):
+class Norm(Direction):
     r"""A norm $\|\cdot\|$ on matrices or vectors, batched over leading dimensions.
 
     Entrywise norms read the last `event_ndim` dimensions of a tensor as one element (all of them if it has fewer);
@@ -47,14 +49,6 @@ class Norm(ABC):
     def direction_and_dual(self, g: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
         """(`direction(g)`, `dual(g)`); where the direction is approximate, the dual is what it attains."""
         return self.direction(g), self.dual(g)
-
-    def at(self, shape: tuple[int, ...]) -> "Norm":
-        """The norm for parameters of this shape (out, in, *kernel): shape-dependent radii become numbers."""
-        return self
-
-    def dims(self, x: Tensor) -> tuple[int, ...]:
-        """The dimensions of `x` that make one element of the space."""
-        return tuple(range(-min(2, x.ndim), 0))
 
 
 def check_tensor(x: Tensor, name: str = "x", least_ndim: int = 0) -> None:
@@ -139,6 +133,10 @@ class Lp(Norm):
 
     p: float = 2.0
     event_ndim: int = 2
+
+    @property
+    def takes_vectors(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if not self.p >= 1:

@@ -41,6 +41,14 @@ class Scaled(Norm):
         radius = self.radius(shape) if callable(self.radius) else self.radius
         return replace(self, base=self.base.at(shape), radius=_positive(radius))
 
+    @property
+    def takes_vectors(self) -> bool:
+        return self.base.takes_vectors
+
+    @property
+    def costly(self) -> bool:
+        return self.base.costly
+
     def _radius(self, x: Tensor) -> float:
         return _positive(self.radius(tuple(x.shape[-2:]))) if callable(self.radius) else self.radius
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from steepest.geometry import Norm, get_norm
-from steepest.geometry.matrix_norms import Schatten
-from steepest.geometry.norms import Lp
+from steepest.geometry import Direction, Norm, get_norm
 from steepest.geometry.scaled import Scaled
 from steepest.optim.layout import Layout, LayoutName, memory_order
 from steepest.optim.step_rules import StepRule, Unit
@@ -42,7 +40,8 @@ class SteepestDescent(Optimizer):
         params: parameters, named parameters, or groups of them. Every keyword below but `step_rule`, `maximize` and
             `foreach` can be set per group.
         lr: learning rate, a number or a tensor of one element.
-        norm: a `steepest.geometry.Norm` or the name of one (`steepest.geometry.NORMS`).
+        norm: a `steepest.geometry.Norm` or the name of one (`steepest.geometry.NORMS`); or any other `Direction`, whose
+            $-T(m)$ then takes the place of lmo.
         momentum: weight of the past, in [0, 1).
         momentum_form: ``"ema"`` $b \leftarrow \mu b + (1-\mu) g$; ``"heavy_ball"`` $b \leftarrow \mu b + g$;
             ``"lion"``: m is $\beta b + (1-\beta) g$ with $\beta$ = `interpolation`, then b moves as an EMA.
@@ -85,7 +84,7 @@ class SteepestDescent(Optimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         *,
-        norm: str | Norm = "euclidean",
+        norm: str | Direction = "euclidean",
         momentum: float = 0.0,
         momentum_form: MomentumForm = "ema",
         nesterov: bool = False,
@@ -157,25 +156,27 @@ class SteepestDescent(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "step_rule": self.step_rule, "foreach": self.foreach, "_plans": {}}
 
-    def _resolve_norm(self, norm: str | Norm) -> str | Norm:
+    def _resolve_norm(self, norm: str | Direction) -> str | Direction:
         """What the group keeps as its norm."""
         return get_norm(norm)
 
-    def _norm_for(self, shape: tuple[int, ...], group: dict[str, Any]) -> Norm:
+    def _norm_for(self, shape: tuple[int, ...], group: dict[str, Any]) -> Direction:
         """The norm of a block (out, in, *kernel)."""
         return group["norm"].at(shape)
 
-    def _block_norms(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[tuple[Norm, float]]:
+    def _block_norms(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[tuple[Direction, float]]:
         """Norm and shape factor of each block of a parameter; raises if they do not fit."""
         layout = Layout(group["layout"], group["split"], group["transposed"]).resolve(parameter.shape)
         for block in range(1 if layout.split is None else len(layout.split)):
             shape = layout.shape_of(parameter.shape, block)
             norm = self._norm_for(shape, group)
-            if len(shape) < 2 and not isinstance(_base(norm), Lp):
+            if len(shape) < 2 and not norm.takes_vectors:
                 raise ValueError(
                     f"norm {_base(norm)} is a norm of matrices, but a parameter has shape {tuple(parameter.shape)}; "
                     "give vectors and scalars an entrywise norm or another optimizer (steepest.optim.build does)"
                 )
+            if group["constrained"] and not isinstance(norm, Norm):
+                raise ValueError(f"constrained=True needs a norm, whose ball it keeps to; {norm} is another direction")
             if getattr(_base(norm), "event_ndim", 2) > 2:
                 raise ValueError(f"norm {_base(norm)} spans several matrices; event_ndim must be 1 or 2 here")
             yield norm, _shape_factor(group["adjust_lr_fn"], shape)
@@ -269,7 +270,8 @@ class SteepestDescent(Optimizer):
             if gradient is None or stored.numel() == 0:
                 continue
             momentum = self._momentum_buffer(stored) if stateful else gradient
-            if layout.is_plain and stored.ndim == 2:
+            coupled = norms[0][0].spans_batch
+            if layout.is_plain and stored.ndim == 2 and not coupled:
                 triples = [(stored, gradient, momentum)]
             else:
                 parameter = stored
@@ -283,13 +285,14 @@ class SteepestDescent(Optimizer):
                 triples = list(zip(*views, strict=True))
             for blocks, (norm, factor) in zip(triples, norms, strict=True):
                 block = blocks[0]
-                key = (block.shape[-2:], block.ndim, block.dtype, block.device, norm, factor)
+                shape = block.shape if coupled else block.shape[-2:]
+                key = (shape, block.ndim, block.dtype, block.device, norm, factor)
                 if key not in buckets:
                     buckets[key] = _Bucket(norm, factor, [], [], [])
                 buckets[key].append(*blocks)
         return list(buckets.values())
 
-    def _plan(self, index: int, group: dict[str, Any]) -> "list[tuple[Tensor, Layout, list[tuple[Norm, float]]]]":
+    def _plan(self, index: int, group: dict[str, Any]) -> "list[tuple[Tensor, Layout, list[tuple[Direction, float]]]]":
         """Per parameter its layout and the norm and factor of each of its blocks; made anew when a setting changes."""
         settings = [group[key] for key in self._shape_settings], [id(parameter) for parameter in group["params"]]
         known = self._plans.get(index)
@@ -354,7 +357,7 @@ class SteepestDescent(Optimizer):
 class _Bucket:
     """Blocks that one batched computation updates: all (m, n), or all (batch, m, n)."""
 
-    norm: Norm
+    norm: Direction
     factor: float
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -373,7 +376,7 @@ class _Bucket:
 
 def _chunks(bucket: _Bucket, foreach: bool | None) -> Iterator[_Bucket]:
     """Pieces of a bucket: single blocks without `foreach`, else as many as the norm's workspace holds."""
-    limit = _MATRIX_CHUNK if isinstance(_base(bucket.norm), Schatten) else _CHEAP_CHUNK
+    limit = _MATRIX_CHUNK if bucket.norm.costly else _CHEAP_CHUNK
     if foreach is False:
         limit = 0
     start = size = 0
@@ -389,13 +392,13 @@ def _momentum(chunk: _Bucket, group: dict[str, Any]) -> Tensor:
     """Move the momenta of a chunk; return the read-only matrices whose direction is taken, stacked."""
     weight, gradients, momenta = group["momentum"], chunk.gradients, chunk.momenta
     if weight == 0:
-        return _stack(gradients)
+        return _stack(gradients, chunk.norm.spans_batch)
     if gradients[0].dtype != momenta[0].dtype:
         gradients = [gradient.to(momenta[0].dtype) for gradient in gradients]
     if group["momentum_form"] == "lion":
-        ahead = _stack(torch._foreach_lerp(gradients, momenta, group["interpolation"]))
+        ahead = torch._foreach_lerp(gradients, momenta, group["interpolation"])
         torch._foreach_lerp_(momenta, gradients, 1 - weight)
-        return ahead
+        return _stack(ahead, chunk.norm.spans_batch)
     if group["momentum_form"] == "ema":
         torch._foreach_lerp_(momenta, gradients, 1 - weight)
         ahead = torch._foreach_lerp(gradients, momenta, weight) if group["nesterov"] else momenta
@@ -403,13 +406,13 @@ def _momentum(chunk: _Bucket, group: dict[str, Any]) -> Tensor:
         torch._foreach_mul_(momenta, weight)
         torch._foreach_add_(momenta, gradients)
         ahead = torch._foreach_add(gradients, momenta, alpha=weight) if group["nesterov"] else momenta
-    return _stack(ahead)
+    return _stack(ahead, chunk.norm.spans_batch)
 
 
-def _stack(blocks: Sequence[Tensor]) -> Tensor:
+def _stack(blocks: Sequence[Tensor], spans_batch: bool) -> Tensor:
     if len(blocks) == 1:
         return blocks[0]
-    return torch.stack(list(blocks)) if blocks[0].ndim == 2 else torch.cat(list(blocks))
+    return torch.stack(list(blocks)) if blocks[0].ndim == 2 or spans_batch else torch.cat(list(blocks))
 
 
 def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any], lengths: Tensor | None = None) -> None:
@@ -426,18 +429,18 @@ def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any], lengths: Te
         direction, scale = direction.mul_(scale), 1.0
     if len(parameters) == 1:
         parameters[0].add_(direction, alpha=scale)
-    elif parameters[0].ndim == 2:
+    elif direction.ndim > parameters[0].ndim:
         torch._foreach_add_(parameters, direction.unbind(), alpha=scale)
     else:
         torch._foreach_add_(parameters, direction.split([len(block) for block in parameters]), alpha=scale)
 
 
-def _text(norm: str | Norm) -> str:
+def _text(norm: str | Direction) -> str:
     """The norm as text that is the same in every process: without the addresses of functions."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(norm))
 
 
-def _base(norm: Norm) -> Norm:
+def _base(norm: Direction) -> Direction:
     while isinstance(norm, Scaled):
         norm = norm.base
     return norm

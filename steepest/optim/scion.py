@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from steepest.geometry import Norm, Scaled, Spectral, get_norm
+from steepest.geometry import Direction, Norm, Scaled, Spectral
 from steepest.geometry.scaled import one_to_max, one_to_rms, rms_to_max, rms_to_rms, vector_rms
 from steepest.optim.engine import NonFinite, SteepestDescent, check_number
 from steepest.optim.layout import LayoutName
@@ -110,10 +110,12 @@ class Scion(SteepestDescent):
             radius=radius,
         )
 
-    def _resolve_norm(self, norm: str | Norm) -> str | Norm:
+    def _resolve_norm(self, norm: str | Direction) -> str | Norm:
         if isinstance(norm, str) and norm not in ("auto", *SCION_NORMS):
             raise ValueError(f"norm must be a Norm or one of auto, {', '.join(SCION_NORMS)}; got {norm!r}")
-        return norm if isinstance(norm, str) else get_norm(norm)
+        if not isinstance(norm, str | Norm):
+            raise TypeError(f"norm must be a Norm or one of auto, {', '.join(SCION_NORMS)}; got {norm!r}")
+        return norm
 
     def _norm_for(self, shape: tuple[int, ...], group: dict[str, Any]) -> Norm:
         norm = group["norm"]

@@ -11,7 +11,15 @@ from steepest.geometry.matrix_norms import (
     SumColumn,
     SumRow,
 )
-from steepest.geometry.mirror import EntropyMap, EuclideanMap, MirrorMap, PNormMap
+from steepest.geometry.mirror import (
+    EntropyMap,
+    EuclideanMap,
+    LogBarrierMap,
+    MirrorMap,
+    NegentropyMap,
+    PNormMap,
+    PowerMap,
+)
 from steepest.geometry.names import NORMS, get_norm
 from steepest.geometry.norms import L1, Euclidean, Frobenius, Lp, Max, Norm
 from steepest.geometry.polar import Backend, choose_backend, polar, polar_error, singular_value_map
@@ -36,14 +44,17 @@ __all__ = [
     "Euclidean",
     "EuclideanMap",
     "Frobenius",
+    "LogBarrierMap",
     "Lp",
     "Max",
     "MaxColumn",
     "MaxRow",
     "MirrorMap",
+    "NegentropyMap",
     "Norm",
     "Nuclear",
     "PNormMap",
+    "PowerMap",
     "Scaled",
     "Schatten",
     "ShapeRadius",

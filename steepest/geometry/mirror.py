@@ -30,6 +30,11 @@ class MirrorMap(ABC):
     def to_primal(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         r"""$\nabla \psi^*(y)$: the inverse of `to_dual` (on the map's domain)."""
 
+    def conjugate(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        r"""$\psi^*(y) = \max_x \langle x, y \rangle - \psi(x)$ over the map's domain."""
+        x = self.to_primal(y)
+        return (x * y).sum(-1) - self.potential(x)
+
     def divergence(self, x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         r"""Bregman divergence $D_\psi(x, y) = \psi(x) - \psi(y) - \langle \nabla\psi(y), x - y \rangle \ge 0$."""
         return self.potential(x) - self.potential(y) - (self.to_dual(y) * (x - y)).sum(-1)
@@ -87,6 +92,74 @@ class EntropyMap(MirrorMap):
         r"""$\sum_i x_i \log(x_i / y_i) - x_i + y_i$; infinite where $x_i > 0 = y_i$."""
         check_tensor(x)
         return (torch.xlogy(x, x) - torch.xlogy(x, y) - x + y).sum(-1)
+
+
+@dataclass(frozen=True)
+class NegentropyMap(MirrorMap):
+    r"""Negative entropy, $\psi(x) = \sum_i x_i \log x_i$, on the positive orthant: $\nabla\psi(x) = 1 + \log x$."""
+
+    def potential(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        check_tensor(x)
+        return torch.xlogy(x, x).sum(-1)
+
+    def to_dual(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        check_tensor(x)
+        return 1 + x.log()
+
+    def to_primal(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        check_tensor(y, "y")
+        return (y - 1).exp()
+
+    def conjugate(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        r"""$\sum_i e^{y_i - 1}$."""
+        return self.to_primal(y).sum(-1)
+
+
+@dataclass(frozen=True)
+class PowerMap(MirrorMap):
+    r"""$\psi(x) = \sum_i x_i^\alpha / (\alpha (\alpha - 1))$, $\alpha > 1$, on the non-negative orthant.
+
+    $\nabla\psi(x) = x^{\alpha - 1} / (\alpha - 1)$. It is the Tsallis entropy up to an affine term. $\alpha = 2$ is
+    `EuclideanMap`, and $\alpha \to 1$ tends to `NegentropyMap` up to a constant in the gradient.
+    """
+
+    alpha: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not 1 < self.alpha < float("inf"):
+            raise ValueError(f"alpha must be above 1 and finite, got {self.alpha!r}")
+
+    def potential(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        check_tensor(x)
+        return x.pow(self.alpha).sum(-1) / (self.alpha * (self.alpha - 1))
+
+    def to_dual(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        check_tensor(x)
+        return x.pow(self.alpha - 1) / (self.alpha - 1)
+
+    def to_primal(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        check_tensor(y, "y")
+        return ((self.alpha - 1) * y.clamp_min(0)).pow(1 / (self.alpha - 1))
+
+
+@dataclass(frozen=True)
+class LogBarrierMap(MirrorMap):
+    r"""$\psi(x) = -\sum_i \log x_i$ on the positive orthant (Burg's entropy): $\nabla\psi(x) = -1 / x$.
+
+    Its dual is the negative orthant: `to_primal` of an entry that is not negative has no meaning.
+    """
+
+    def potential(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        check_tensor(x)
+        return -x.log().sum(-1)
+
+    def to_dual(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        check_tensor(x)
+        return -x.reciprocal()
+
+    def to_primal(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        check_tensor(y, "y")
+        return -y.reciprocal()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.geometry import EntropyMap, EuclideanMap, MirrorMap, PNormMap
+from steepest.geometry import EntropyMap, EuclideanMap, LogBarrierMap, MirrorMap, NegentropyMap, PNormMap, PowerMap
 
 MAPS: list[MirrorMap] = [
     EuclideanMap(),
@@ -14,6 +14,10 @@ MAPS: list[MirrorMap] = [
     PNormMap(1.3),
     PNormMap(2.0),
     PNormMap(5.0),
+    NegentropyMap(),
+    PowerMap(1.5),
+    PowerMap(3.0),
+    LogBarrierMap(),
 ]
 
 
@@ -21,6 +25,8 @@ def point(mirror: MirrorMap, seed: int, *shape: int) -> torch.Tensor:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if isinstance(mirror, EntropyMap):
         return x.softmax(-1) if mirror.simplex else x.exp()
+    if isinstance(mirror, NegentropyMap | PowerMap | LogBarrierMap):
+        return x.softmax(-1)
     return x
 
 
@@ -72,3 +78,24 @@ def test_special_cases() -> None:
 def test_p_out_of_range(p: float) -> None:
     with pytest.raises(ValueError, match="p must be above 1"):
         PNormMap(p)
+
+
+@pytest.mark.parametrize("mirror", MAPS, ids=repr)
+def test_the_conjugate_is_the_largest_pairing(mirror: MirrorMap) -> None:
+    """Equality in Fenchel's inequality at the gradient, and the inequality everywhere else."""
+    x = point(mirror, 3, 50, 5)
+    y = mirror.to_dual(x[:1])
+    gap = mirror.conjugate(y) + mirror.potential(x) - (x * y).sum(-1)
+    assert abs(float(gap[0])) < 1e-12
+    assert bool((gap[1:] > 0).all())
+
+
+def test_relations_between_the_maps() -> None:
+    x = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    assert torch.equal(PowerMap(2.0).to_dual(x), EuclideanMap().to_dual(x))
+    assert torch.allclose(PowerMap(2.0).potential(x), EuclideanMap().potential(x), rtol=1e-15)
+    near = PowerMap(1 + 1e-9).to_dual(x)
+    assert torch.allclose(near - near.mean(), NegentropyMap().to_dual(x) - NegentropyMap().to_dual(x).mean(), atol=1e-6)
+    assert float(NegentropyMap().potential(x) - EntropyMap().potential(x)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="alpha"):
+        PowerMap(1.0)

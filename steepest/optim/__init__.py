@@ -10,9 +10,10 @@ from steepest.optim.recipes import Recipe
 from steepest.optim.roles import ParameterRole, Role, Roles, roles
 from steepest.optim.scion import Scion
 from steepest.optim.sign import SignDescent
-from steepest.optim.step_rules import Joint, Sharp, StepRule, Unit
+from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
 
 __all__ = [
+    "Clip",
     "Joint",
     "Layout",
     "Mixed",

@@ -48,8 +48,9 @@ class SteepestDescent(Optimizer):
         nesterov: m looks one step ahead: $\mu b + (1-\mu) g$ (ema), $g + \mu b$ (heavy ball). Else m = b.
         interpolation: see `momentum_form`.
         weight_decay: $\lambda$, decoupled from the gradient.
-        constrained: x stays in the norm's ball: $x \leftarrow (1 - lr)\,x + lr\,\mathrm{lmo}(m)$, the Frank-Wolfe
-            step; lr at most 1, and no other weight decay.
+        constrained: x stays in the norm's ball: $x \leftarrow x - lr\,\eta\,v$ with $v = x - \mathrm{lmo}(m)$, the
+            Frank-Wolfe step; $lr\,\eta$ at most 1, and no other weight decay. A step rule that reads dual norms gets
+            $\langle m, v \rangle$ instead, the Wolfe gap, and a matrix with m = 0 stays where it is.
         adjust_lr_fn: factor s of a matrix (out, in): ``"none"`` 1; ``"original"`` $\sqrt{\max(1, out/in)}$;
             ``"match_rms_adamw"`` $0.2\sqrt{\max(out, in)}$, so that learning rates of AdamW carry over; ``"spectral"``
             $\sqrt{out/in}$, the operator norm between RMS norms.
@@ -142,7 +143,7 @@ class SteepestDescent(Optimizer):
 
     def _check(self, group: dict[str, Any], index: int) -> None:
         """Raise unless the settings of a group are right and fit its parameters."""
-        _check_group(group, index)
+        _check_group(group, index, self.step_rule)
         for parameter in group["params"]:
             _check_parameter(parameter)
             for _ in self._block_norms(parameter, group):
@@ -172,7 +173,7 @@ class SteepestDescent(Optimizer):
             norm = self._norm_for(shape, group)
             if len(shape) < 2 and not norm.takes_vectors:
                 raise ValueError(
-                    f"norm {_base(norm)} is a norm of matrices, but a parameter has shape {tuple(parameter.shape)}; "
+                    f"norm {_base(norm)} is a norm of matrices, which {self._name(group, parameter)} is not; "
                     "give vectors and scalars an entrywise norm or another optimizer (steepest.optim.build does)"
                 )
             if group["constrained"] and not isinstance(norm, Norm):
@@ -209,27 +210,29 @@ class SteepestDescent(Optimizer):
         for bucket, group in work:
             for chunk in _chunks(bucket, self.foreach):
                 if self.step_rule.needs_duals:
-                    direction, dual = bucket.norm.direction_and_dual(_momentum(chunk, group))
-                    waiting.append((chunk, direction, dual, group))
+                    waiting.append((chunk, *_measured(chunk, _momentum(chunk, group), group, self.step_rule), group))
                 else:
                     _apply(chunk, bucket.norm.direction(_momentum(chunk, group)), group)
         if waiting:
-            duals = [dual.double() if dual.dtype == torch.float64 else dual.float() for _, _, dual, _ in waiting]
-            device = duals[0].device
-            lengths = self.step_rule.lengths(torch.cat([dual.flatten().to(device) for dual in duals]))
+            duals = [measured[2] for measured in waiting]
+            lengths = self._lengths(_joined(duals), _joined([measured[3] for measured in waiting]))
             pieces = lengths.split([dual.numel() for dual in duals])
-            for (chunk, direction, dual, group), length in zip(waiting, pieces, strict=True):
+            for (chunk, direction, dual, _, group), length in zip(waiting, pieces, strict=True):
                 shape = (*dual.shape, *(1 for _ in range(direction.ndim - dual.ndim)))
                 _apply(chunk, direction, group, length.to(direction.device).reshape(shape))
         for parameter, copy in copies:
             parameter.copy_(copy)
         return loss
 
+    def _lengths(self, duals: Tensor, sizes: Tensor) -> Tensor:
+        """The lengths of this step, one per matrix, all groups together."""
+        return self.step_rule.lengths(duals, sizes) if self.step_rule.needs_sizes else self.step_rule.lengths(duals)
+
     def _gradients_are_usable(self) -> bool:
         """Refuse what cannot be stepped on, before anything is changed."""
         checked = []
         for index, group in enumerate(self.param_groups):
-            _check_group(group, index)
+            _check_group(group, index, self.step_rule)
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
@@ -415,11 +418,38 @@ def _stack(blocks: Sequence[Tensor], spans_batch: bool) -> Tensor:
     return torch.stack(list(blocks)) if blocks[0].ndim == 2 or spans_batch else torch.cat(list(blocks))
 
 
+def _measured(chunk: _Bucket, momentum: Tensor, group: dict[str, Any], rule: StepRule) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What a step rule is told: the direction v of a chunk, $\langle m, v \rangle$ and $\|v\|$, one per matrix."""
+    direction, dual = chunk.norm.direction_and_dual(momentum)
+    pairing = dual * chunk.factor if rule.scaled else dual
+    if not group["constrained"]:
+        return direction, pairing, torch.ones_like(dual)
+    weights = _stack(chunk.parameters, chunk.norm.spans_batch)
+    if group["maximize"]:
+        weights = weights.neg()
+    moved = dual > 0
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    inside = (weights.to(wide) * momentum.to(wide)).sum(tuple(range(dual.ndim, weights.ndim)))
+    direction = direction.add_(weights, alpha=1 / chunk.factor)
+    direction *= moved.reshape(*dual.shape, *(1 for _ in range(weights.ndim - dual.ndim)))
+    pairing = torch.where(moved, dual * chunk.factor + inside, 0.0)
+    return direction, pairing, _norm(chunk.norm).norm(direction) if rule.needs_sizes else pairing
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    """One vector of the numbers that belong to all matrices, in single precision or better."""
+    device = values[0].device
+    wide = [value.double() if value.dtype == torch.float64 else value.float() for value in values]
+    return torch.cat([value.flatten().to(device) for value in wide])
+
+
 def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any], lengths: Tensor | None = None) -> None:
     """Decay and move the parameters of a chunk, against its direction."""
     lr, parameters = group["lr"], chunk.parameters
     lr = lr.to(direction.device).reshape(()) if isinstance(lr, Tensor) else float(lr)
-    decay = 1 - lr if group["constrained"] else 1 - lr * group["weight_decay"]
+    decay = 1 - lr * group["weight_decay"]
+    if group["constrained"]:  # with lengths, the direction leads to the ball's point already
+        decay = 1 - lr if lengths is None else 1.0
     if isinstance(decay, Tensor) or decay != 1:
         torch._foreach_mul_(parameters, decay)
     scale = lr * (chunk.factor if group["maximize"] else -chunk.factor)
@@ -438,6 +468,11 @@ def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any], lengths: Te
 def _text(norm: str | Direction) -> str:
     """The norm as text that is the same in every process: without the addresses of functions."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(norm))
+
+
+def _norm(norm: Direction) -> Norm:
+    assert isinstance(norm, Norm)  # the constrained form takes no other direction
+    return norm
 
 
 def _base(norm: Direction) -> Direction:
@@ -482,7 +517,7 @@ def _check_parameter(parameter: Tensor) -> None:
         raise TypeError(f"parameters must be dense, got layout {parameter.layout}")
 
 
-def _check_group(group: dict[str, Any], index: int) -> None:
+def _check_group(group: dict[str, Any], index: int, rule: StepRule) -> None:
     where = f"of parameter group {index} " if index else ""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -501,6 +536,7 @@ def _check_group(group: dict[str, Any], index: int) -> None:
             raise TypeError(f"{name} {where}must be True or False, got {group[name]!r}")
     if group["constrained"] and group["weight_decay"]:
         raise ValueError(f"weight_decay {where}must be 0 when constrained=True, got {group['weight_decay']!r}")
+    rule.check(group, where)
     for name, choices in (
         ("momentum_form", MomentumForm),
         ("nonfinite", NonFinite),

@@ -114,7 +114,7 @@ class Scion(SteepestDescent):
         if isinstance(norm, str) and norm not in ("auto", *SCION_NORMS):
             raise ValueError(f"norm must be a Norm or one of auto, {', '.join(SCION_NORMS)}; got {norm!r}")
         if not isinstance(norm, str | Norm):
-            raise TypeError(f"norm must be a Norm or one of auto, {', '.join(SCION_NORMS)}; got {norm!r}")
+            raise TypeError(f"norm must be a Norm or one of auto, {', '.join(SCION_NORMS)}; got {type(norm).__name__}")
         return norm
 
     def _norm_for(self, shape: tuple[int, ...], group: dict[str, Any]) -> Norm:

@@ -28,6 +28,13 @@ class Direction(ABC):
         wide = torch.promote_types(g.dtype, torch.float32)
         return direction, (g.to(wide) * direction.to(wide)).sum(self.dims(g))
 
+    def multiplier(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
+        """The factor f, broadcastable to `g`, with ``direction(g) == f * g``; None where there is none.
+
+        It lets a caller scale and apply a direction in one pass over memory.
+        """
+        return None
+
     def at(self, shape: tuple[int, ...]) -> Self:
         """The rule for parameters of this shape (out, in, *kernel), checked against it."""
         return self
@@ -44,6 +51,11 @@ class Direction(ABC):
     @property
     def costly(self) -> bool:
         """Whether it multiplies or factorises matrices, so that as many as fit in memory are treated at once."""
+        return False
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether each row depends on that row alone, so that a large matrix may be treated in pieces of rows."""
         return False
 
     @property

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest.geometry.coefficients import Triple, coefficient_schedule
-from steepest.geometry.norms import Norm, check_tensor, euclidean, normalized, one_hot_largest, single
+from steepest.geometry.norms import Norm, check_tensor, euclidean, inverse_length, normalized, one_hot_largest, single
 from steepest.geometry.polar import Method, Normalize, polar, singular_value_map
 
 
@@ -178,6 +178,9 @@ class _Mixed(Norm):
         check_tensor(g, "g", least_ndim=2)
         return self._reduce(g, not self._outer_max)
 
+    def multiplier(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "..."] | None:
+        return inverse_length(g, (self._inner,)) if self._outer_max else None
+
     def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
         check_tensor(g, "g", least_ndim=2)
         if g.numel() == 0:
@@ -191,6 +194,10 @@ class _Mixed(Norm):
 @dataclass(frozen=True)
 class MaxRow(_Mixed):
     r"""$\max_i \|x_{i:}\|_2$, operator norm $\ell_2 \to \ell_\infty$; dual `SumRow`; lmo: rows over their lengths."""
+
+    @property
+    def rowwise(self) -> bool:
+        return True
 
     @property
     def dual_norm(self) -> Norm:

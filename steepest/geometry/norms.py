@@ -10,6 +10,8 @@ from torch import Tensor
 
 from steepest.geometry.directions import Direction
 
+_CACHED = 1 << 16
+
 
 @dataclass(frozen=True)
 class Norm(Direction):
@@ -82,7 +84,7 @@ def euclidean(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor
         return x.abs()
     # Summing down the columns, torch's vector_norm is an order of magnitude slower than this.
     down = dims == (-2,)
-    plain = x.square().sum(dims, keepdim).sqrt_() if down else torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
+    plain = _sum_of_squares_down(x, keepdim).sqrt_() if down else torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # reading the values costs nothing here
         low, high = _safe_range(x.dtype)
         if plain.numel() == 0 or (bool(plain.min() > low) and bool(plain.max() < high)):
@@ -90,6 +92,23 @@ def euclidean(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor
     scale = largest_entry(x, dims, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     scaled = torch.linalg.vector_norm(x / scale, dim=dims, keepdim=True) * scale
     return scaled if keepdim else scaled.reshape(plain.shape)
+
+
+def _sum_of_squares_down(x: Tensor, keepdim: bool) -> Tensor:
+    """Over dimension -2, a few rows at a time: their squares stay in the processor's cache."""
+    rows = max(1, _CACHED * x.shape[-2] // max(1, x.numel()))
+    if rows >= x.shape[-2]:
+        return x.square().sum(-2, keepdim)
+    total = torch.zeros_like(x[..., :1, :])
+    for piece in x.split(rows, dim=-2):
+        total += piece.square().sum(-2, keepdim=True)
+    return total if keepdim else total.squeeze(-2)
+
+
+def inverse_length(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """1 / ||x||_2 over `dims`, kept as dimensions of size one; a finite number where x is zero."""
+    wide = single(x)
+    return euclidean(wide, dims, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny).reciprocal()
 
 
 def normalized(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -138,6 +157,10 @@ class Lp(Norm):
     def takes_vectors(self) -> bool:
         return True
 
+    @property
+    def rowwise(self) -> bool:
+        return math.isinf(self.p) or self.event_ndim == 1
+
     def __post_init__(self) -> None:
         if not self.p >= 1:
             raise ValueError(f"p must be at least 1 (below it, the ball is not convex), got {self.p!r}")
@@ -158,6 +181,9 @@ class Lp(Norm):
     def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         check_tensor(g, "g")
         return entrywise_norm(g, _conjugate(self.p), self.dims(g))
+
+    def multiplier(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
+        return inverse_length(g, self.dims(g)) if self.p == 2 and g.ndim else None
 
     def direction(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         check_tensor(g, "g")

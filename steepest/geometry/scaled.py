@@ -49,6 +49,10 @@ class Scaled(Norm):
     def costly(self) -> bool:
         return self.base.costly
 
+    @property
+    def rowwise(self) -> bool:
+        return self.base.rowwise
+
     def _radius(self, x: Tensor) -> float:
         return _positive(self.radius(tuple(x.shape[-2:]))) if callable(self.radius) else self.radius
 
@@ -66,6 +70,10 @@ class Scaled(Norm):
 
     def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.base.dual(g) * self._radius(g)
+
+    def multiplier(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
+        multiplier = self.base.multiplier(g)
+        return None if multiplier is None else multiplier.mul_(self._radius(g))
 
     def direction(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.base.direction(g).mul_(self._radius(g))

@@ -2,6 +2,8 @@
 
 from steepest.geometry.coefficients import COEFFICIENTS, Coefficients, coefficient_schedule
 from steepest.geometry.directions import Direction
+from steepest.geometry.equivariant import Equivariant, Hybrid, OneSided, RowNorm, centered
+from steepest.geometry.inverse_root import inverse_sqrt
 from steepest.geometry.matrix_norms import (
     MaxColumn,
     MaxRow,
@@ -22,6 +24,7 @@ from steepest.geometry.mirror import (
 )
 from steepest.geometry.names import NORMS, get_norm
 from steepest.geometry.norms import L1, Euclidean, Frobenius, Lp, Max, Norm
+from steepest.geometry.orientation import Orientation, orient, restore
 from steepest.geometry.polar import Backend, choose_backend, polar, polar_error, singular_value_map
 from steepest.geometry.scaled import (
     Scaled,
@@ -32,6 +35,7 @@ from steepest.geometry.scaled import (
     rms_to_rms,
     vector_rms,
 )
+from steepest.geometry.symmetry import Symmetry, check_equivariance
 
 __all__ = [
     "COEFFICIENTS",
@@ -41,9 +45,11 @@ __all__ = [
     "Coefficients",
     "Direction",
     "EntropyMap",
+    "Equivariant",
     "Euclidean",
     "EuclideanMap",
     "Frobenius",
+    "Hybrid",
     "LogBarrierMap",
     "Lp",
     "Max",
@@ -53,21 +59,30 @@ __all__ = [
     "NegentropyMap",
     "Norm",
     "Nuclear",
+    "OneSided",
+    "Orientation",
     "PNormMap",
     "PowerMap",
+    "RowNorm",
     "Scaled",
     "Schatten",
     "ShapeRadius",
     "Spectral",
     "SumColumn",
     "SumRow",
+    "Symmetry",
+    "centered",
+    "check_equivariance",
     "choose_backend",
     "coefficient_schedule",
     "get_norm",
+    "inverse_sqrt",
     "one_to_max",
     "one_to_rms",
+    "orient",
     "polar",
     "polar_error",
+    "restore",
     "rms_to_max",
     "rms_to_rms",
     "singular_value_map",

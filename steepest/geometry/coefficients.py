@@ -53,6 +53,11 @@ COEFFICIENTS: Mapping[str, Coefficients] = MappingProxyType(
             5,
             "Amsel et al. 2025, arXiv 2505.16932, lower bound 1e-3, safety 1.01",
         ),
+        "polar_express_safe": Coefficients(
+            (*_divide_input_by(1.05, _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
+            5,
+            "Amsel et al. 2025, arXiv 2505.16932, lower bound 1e-3, safety 1.05",
+        ),
         "polar_express_cushion": Coefficients(
             (
                 *_divide_input_by(1.02, ((8.156554524902461, -22.48329292557795, 15.878769915207462),)),

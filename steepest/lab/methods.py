@@ -62,6 +62,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "sgd": (3e-2, 3.0),
         "sign": (1e-4, 1e-2),
         "muon": (1e-3, 1e-1),
+        "drop_muon": (1e-3, 1e-1),
         "scion": (2e-3, 2e-1),
         "normalized": (1e-2, 1.0),
     }

@@ -1,7 +1,22 @@
 """Train a network: norm-based optimizers on one engine, parameter roles, and the right mix for any model."""
 
 from steepest.optim.build import build, methods, recipe
+from steepest.optim.drop_muon import DropMuon, RandomLayers
 from steepest.optim.engine import SteepestDescent
+from steepest.optim.layer_sampling import (
+    DeepBiased,
+    EpochShift,
+    Full,
+    LayerSampler,
+    Optimal,
+    RandomCount,
+    Starts,
+    Subsets,
+    SuffixSampler,
+    Uniform,
+)
+from steepest.optim.layer_smoothness import layer_smoothness
+from steepest.optim.layers import ModelLayer, find_layers
 from steepest.optim.layout import Layout
 from steepest.optim.mixed import Mixed
 from steepest.optim.muon import Muon
@@ -14,22 +29,37 @@ from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
 
 __all__ = [
     "Clip",
+    "DeepBiased",
+    "DropMuon",
+    "EpochShift",
+    "Full",
     "Joint",
+    "LayerSampler",
     "Layout",
     "Mixed",
+    "ModelLayer",
     "Muon",
     "NormalizedDescent",
+    "Optimal",
     "ParameterRole",
+    "RandomCount",
+    "RandomLayers",
     "Recipe",
     "Role",
     "Roles",
     "Scion",
     "Sharp",
     "SignDescent",
+    "Starts",
     "SteepestDescent",
     "StepRule",
+    "Subsets",
+    "SuffixSampler",
+    "Uniform",
     "Unit",
     "build",
+    "find_layers",
+    "layer_smoothness",
     "methods",
     "recipe",
     "roles",

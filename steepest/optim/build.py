@@ -51,7 +51,7 @@ def build(
     | method | hidden matrices | embeddings, head | router | norms, biases, scalars |
     |---|---|---|---|---|
     | "adamw", "sgd", "sign", "normalized" | the method | the method | the method | the method |
-    | "muon" | Muon | AdamW | AdamW | AdamW |
+    | "muon", "drop_muon" | Muon | AdamW | AdamW | AdamW |
     | "scion" | Scion, spectral | Scion, sign | Scion, spectral | Scion, RMS |
 
     Hidden matrices are the dense layers and convolutions between the ends of the model, experts included; fused
@@ -75,11 +75,12 @@ def build(
             computed), ..., and for its AdamW part `other_lr` and `other` (a mapping of AdamW's options). `other_lr` is
             `lr` for adjust_lr_fn="match_rms_adamw" (the default here: updates have the size of AdamW's, so that one
             learning rate serves both and rates of AdamW carry over), and 0.15 `lr` for the other scalings. "scion":
-            `momentum`, `constrained`, `preset`, `radii`.
+            `momentum`, `constrained`, `preset`, `radii`. "drop_muon": those of "muon", `sampler`, `layers`, `generator`
+            (`steepest.optim.RandomLayers`).
 
     Returns:
         A `torch.optim.Optimizer`: torch's own for "adamw" and "sgd", the engine's for "sign" and "normalized", a
-        `Mixed` for "muon" and "scion".
+        `Mixed` for "muon", "drop_muon" and "scion".
 
     Raises:
         TypeError: `model` is not a module.
@@ -112,7 +113,8 @@ def build(
         raise ValueError("model: it has no trainable parameter (requires_grad is False for all, or there is none)")
     if "other_lr" in accepted:
         _report_ambiguous(found, on_ambiguous)
-    return chosen.make(members, chosen.lr if lr is None else lr, **options)
+    first = (model,) if chosen.with_model else ()
+    return chosen.make(*first, members, chosen.lr if lr is None else lr, **options)
 
 
 def _options(chosen: Recipe) -> list[str]:

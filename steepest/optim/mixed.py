@@ -86,6 +86,10 @@ class Mixed(Optimizer):
         Returns:
             What `closure` returned, or None.
         """
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """What `step` does between the hooks that torch puts around it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -98,7 +102,7 @@ class Mixed(Optimizer):
         return loss
 
     def _finite(self) -> bool:
-        from steepest.optim.engine import _first_nonfinite
+        from steepest.optim.checks import first_nonfinite
 
         found = [
             (name, group, index, parameter.grad)
@@ -107,7 +111,7 @@ class Mixed(Optimizer):
             for index, parameter in enumerate(group["params"])
             if parameter.grad is not None and parameter.grad.layout == torch.strided
         ]
-        bad = _first_nonfinite([gradient for *_, gradient in found])
+        bad = first_nonfinite([gradient for *_, gradient in found])
         if bad is None:
             return True
         if self.nonfinite == "skip":

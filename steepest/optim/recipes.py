@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from steepest.optim.drop_muon import drop_muon
 from steepest.optim.mixed import Mixed
 from steepest.optim.roles import ParameterRole, Role
 
 if TYPE_CHECKING:
-    from steepest.optim.engine import AdjustLr, MomentumForm, NonFinite
+    from steepest.optim.checks import AdjustLr, MomentumForm, NonFinite
 
 UNDECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALAR, Role.POSITION})
 
@@ -47,6 +48,7 @@ class Recipe:
         lr: the default learning rate.
         lr_range: lowest and highest learning rate worth a search.
         make: `make(members, lr, **options)`; its keyword-only arguments are the options that `build` takes.
+        with_model: `make` takes the model before these.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Recipe:
     lr: float
     lr_range: tuple[float, float]
     make: Callable[..., Optimizer]
+    with_model: bool = False
 
 
 def groups(members: Iterable[Member], key: Callable[[Member], Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -370,6 +373,15 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 2e-3,
                 (2e-4, 3e-2),
                 muon,
+            ),
+            Recipe(
+                "drop_muon",
+                "Drop-Muon",
+                "Muon that moves a random suffix of the layers at each step; backpropagation ends at its first layer.",
+                2e-3,
+                (2e-4, 3e-2),
+                drop_muon,
+                with_model=True,
             ),
             Recipe(
                 "scion",

@@ -3,9 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,17 +11,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from steepest.geometry import Direction, Norm, get_norm
 from steepest.geometry.scaled import Scaled
+from steepest.optim.buckets import Bucket, advance, apply, chunks, joined, measured, moved_momentum
+from steepest.optim.checks import (
+    AdjustLr,
+    MomentumForm,
+    NonFinite,
+    check_group,
+    check_parameter,
+    first_nonfinite,
+)
 from steepest.optim.layout import Layout, LayoutName, memory_order
 from steepest.optim.step_rules import StepRule, Unit
-
-MomentumForm = Literal["ema", "heavy_ball", "lion"]
-NonFinite = Literal["raise", "skip", "ignore"]
-AdjustLr = Literal["none", "original", "match_rms_adamw", "spectral"]
-
-# Elements handled at once. Cheap norms work in pieces that stay in a core's cache; matrix functions take as many
-# matrices as one workspace holds.
-_CHEAP_CHUNK = 1 << 18
-_MATRIX_CHUNK = 1 << 26
 
 
 class SteepestDescent(Optimizer):
@@ -59,6 +57,9 @@ class SteepestDescent(Optimizer):
         layout: how a parameter is seen as matrices, see `steepest.optim.layout.Layout`.
         split: sizes of blocks along the outputs that are matrices of their own (a fused QKV projection), or None.
         transposed: parameters are stored (in, out).
+        input_split: sizes of blocks along the inputs that are matrices of their own (the heads that an attention output
+            projection reads), or None.
+        interleaved: how many matrices alternate along the outputs (2: gate and up, neuron by neuron).
         step_rule: a `steepest.optim.StepRule`; default `Unit()`.
         maximize: ascend instead.
         foreach: False treats one matrix at a time; None and True batch those of equal shape. Results agree to rounding.
@@ -78,7 +79,9 @@ class SteepestDescent(Optimizer):
     """
 
     # The settings that decide how a parameter becomes matrices and which norm each has.
-    _shape_settings: ClassVar[tuple[str, ...]] = ("norm", "layout", "split", "transposed", "adjust_lr_fn")
+    _shape_settings: ClassVar[tuple[str, ...]] = (
+        *("norm", "layout", "split", "transposed", "input_split", "interleaved", "adjust_lr_fn"),
+    )
 
     def __init__(
         self,
@@ -97,6 +100,8 @@ class SteepestDescent(Optimizer):
         layout: LayoutName = "auto",
         split: Sequence[int] | None = None,
         transposed: bool = False,
+        input_split: Sequence[int] | None = None,
+        interleaved: int = 1,
         step_rule: StepRule | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -123,6 +128,8 @@ class SteepestDescent(Optimizer):
             "layout": layout,
             "split": split,
             "transposed": transposed,
+            "input_split": input_split,
+            "interleaved": interleaved,
             "maximize": maximize,
             "skipped_steps": 0,
             **extra_defaults,
@@ -143,9 +150,9 @@ class SteepestDescent(Optimizer):
 
     def _check(self, group: dict[str, Any], index: int) -> None:
         """Raise unless the settings of a group are right and fit its parameters."""
-        _check_group(group, index, self.step_rule)
+        check_group(group, index, self.step_rule)
         for parameter in group["params"]:
-            _check_parameter(parameter)
+            check_parameter(parameter)
             for _ in self._block_norms(parameter, group):
                 pass
 
@@ -167,8 +174,8 @@ class SteepestDescent(Optimizer):
 
     def _block_norms(self, parameter: Tensor, group: dict[str, Any]) -> Iterator[tuple[Direction, float]]:
         """Norm and shape factor of each block of a parameter; raises if they do not fit."""
-        layout = Layout(group["layout"], group["split"], group["transposed"]).resolve(parameter.shape)
-        for block in range(1 if layout.split is None else len(layout.split)):
+        layout = Layout.of(group).resolve(parameter.shape)
+        for block in range(layout.count):
             shape = layout.shape_of(parameter.shape, block)
             norm = self._norm_for(shape, group)
             if len(shape) < 2 and not norm.takes_vectors:
@@ -208,18 +215,20 @@ class SteepestDescent(Optimizer):
         ]
         waiting = []
         for bucket, group in work:
-            for chunk in _chunks(bucket, self.foreach):
+            for chunk in chunks(bucket, self.foreach, by_rows=not self.step_rule.needs_duals):
                 if self.step_rule.needs_duals:
-                    waiting.append((chunk, *_measured(chunk, _momentum(chunk, group), group, self.step_rule), group))
+                    waiting.append(
+                        (chunk, *measured(chunk, moved_momentum(chunk, group), group, self.step_rule), group)
+                    )
                 else:
-                    _apply(chunk, bucket.norm.direction(_momentum(chunk, group)), group)
+                    advance(chunk, group)
         if waiting:
             duals = [measured[2] for measured in waiting]
-            lengths = self._lengths(_joined(duals), _joined([measured[3] for measured in waiting]))
+            lengths = self._lengths(joined(duals), joined([measured[3] for measured in waiting]))
             pieces = lengths.split([dual.numel() for dual in duals])
             for (chunk, direction, dual, _, group), length in zip(waiting, pieces, strict=True):
                 shape = (*dual.shape, *(1 for _ in range(direction.ndim - dual.ndim)))
-                _apply(chunk, direction, group, length.to(direction.device).reshape(shape))
+                apply(chunk, direction, group, length.to(direction.device).reshape(shape))
         for parameter, copy in copies:
             parameter.copy_(copy)
         return loss
@@ -232,7 +241,7 @@ class SteepestDescent(Optimizer):
         """Refuse what cannot be stepped on, before anything is changed."""
         checked = []
         for index, group in enumerate(self.param_groups):
-            _check_group(group, index, self.step_rule)
+            check_group(group, index, self.step_rule)
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
@@ -244,7 +253,7 @@ class SteepestDescent(Optimizer):
                     )
                 if group["nonfinite"] != "ignore":
                     checked.append((group, parameter, gradient))
-        bad = _first_nonfinite([gradient for _, _, gradient in checked])
+        bad = first_nonfinite([gradient for _, _, gradient in checked])
         if bad is None:
             return True
         group, parameter, _ = checked[bad]
@@ -261,14 +270,14 @@ class SteepestDescent(Optimizer):
         name = group["param_names"][position] if "param_names" in group else f"number {position} of its group"
         return f"parameter {name} (shape {tuple(parameter.shape)})"
 
-    def _buckets(self, index: int, group: dict[str, Any], copies: list[tuple[Tensor, Tensor]]) -> "list[_Bucket]":
+    def _buckets(self, index: int, group: dict[str, Any], copies: list[tuple[Tensor, Tensor]]) -> "list[Bucket]":
         """Blocks of equal shape, dtype, device and norm, in the order of the parameters.
 
         A parameter whose memory does not let its matrices be seen is copied; `copies` gets it and its copy.
         """
-        buckets: dict[Any, _Bucket] = {}
+        buckets: dict[int, Bucket] = {}
         stateful = group["momentum"] > 0
-        for stored, layout, norms in self._plan(index, group):
+        for stored, layout, norms, slots in self._plan(index, group):
             gradient = stored.grad
             if gradient is None or stored.numel() == 0:
                 continue
@@ -286,27 +295,36 @@ class SteepestDescent(Optimizer):
                     momentum = self.state[stored]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
                 views = (layout.blocks(tensor, order) for tensor in (parameter, gradient, momentum))
                 triples = list(zip(*views, strict=True))
-            for blocks, (norm, factor) in zip(triples, norms, strict=True):
-                block = blocks[0]
-                shape = block.shape if coupled else block.shape[-2:]
-                key = (shape, block.ndim, block.dtype, block.device, norm, factor)
-                if key not in buckets:
-                    buckets[key] = _Bucket(norm, factor, [], [], [])
-                buckets[key].append(*blocks)
+            for blocks, (norm, factor), slot in zip(triples, norms, slots, strict=True):
+                if slot not in buckets:
+                    buckets[slot] = Bucket(norm, factor, [], [], [])
+                buckets[slot].append(*blocks)
         return list(buckets.values())
 
-    def _plan(self, index: int, group: dict[str, Any]) -> "list[tuple[Tensor, Layout, list[tuple[Direction, float]]]]":
-        """Per parameter its layout and the norm and factor of each of its blocks; made anew when a setting changes."""
-        settings = [group[key] for key in self._shape_settings], [id(parameter) for parameter in group["params"]]
+    def _plan(
+        self, index: int, group: dict[str, Any]
+    ) -> "list[tuple[Tensor, Layout, list[tuple[Direction, float]], list[int]]]":
+        """Per parameter its layout, and of each of its blocks the norm, the factor, and the number of its bucket.
+
+        Blocks of equal shape, dtype, device, norm and factor share a bucket. Made anew when a setting or a parameter
+        changes.
+        """
+        settings = [group[key] for key in self._shape_settings]
+        settings += [(id(parameter), parameter.dtype, parameter.device) for parameter in group["params"]]
         known = self._plans.get(index)
-        if known is None or known[0] != settings:
-            layout = Layout(group["layout"], group["split"], group["transposed"])
-            plan = [
-                (parameter, layout.resolve(parameter.shape), list(self._block_norms(parameter, group)))
-                for parameter in group["params"]
-            ]
-            known = self._plans[index] = (settings, plan)
-        return known[1]
+        if known is not None and known[0] == settings:
+            return known[1]
+        layout, numbers, plan = Layout.of(group), {}, []
+        for parameter in group["params"]:
+            resolved, norms, slots = layout.resolve(parameter.shape), list(self._block_norms(parameter, group)), []
+            for block, (norm, factor) in enumerate(norms):
+                stacked = parameter.shape if norm.spans_batch else resolved.is_plain and parameter.ndim == 2
+                shape = resolved.shape_of(parameter.shape, block)
+                key = (shape, stacked, parameter.dtype, parameter.device, norm, factor)
+                slots.append(numbers.setdefault(key, len(numbers)))
+            plan.append((parameter, resolved, norms, slots))
+        self._plans[index] = (settings, plan)
+        return plan
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -356,123 +374,9 @@ class SteepestDescent(Optimizer):
         super().__setstate__(state)
 
 
-@dataclass
-class _Bucket:
-    """Blocks that one batched computation updates: all (m, n), or all (batch, m, n)."""
-
-    norm: Direction
-    factor: float
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    momenta: list[Tensor]
-
-    def append(self, parameter: Tensor, gradient: Tensor, momentum: Tensor) -> None:
-        self.parameters.append(parameter)
-        self.gradients.append(gradient)
-        self.momenta.append(momentum)
-
-    def slice(self, start: int, end: int) -> "_Bucket":
-        return _Bucket(
-            self.norm, self.factor, self.parameters[start:end], self.gradients[start:end], self.momenta[start:end]
-        )
-
-
-def _chunks(bucket: _Bucket, foreach: bool | None) -> Iterator[_Bucket]:
-    """Pieces of a bucket: single blocks without `foreach`, else as many as the norm's workspace holds."""
-    limit = _MATRIX_CHUNK if bucket.norm.costly else _CHEAP_CHUNK
-    if foreach is False:
-        limit = 0
-    start = size = 0
-    for end, block in enumerate(bucket.parameters):
-        if size and size + block.numel() > limit:
-            yield bucket.slice(start, end)
-            start, size = end, 0
-        size += block.numel()
-    yield bucket.slice(start, len(bucket.parameters))
-
-
-def _momentum(chunk: _Bucket, group: dict[str, Any]) -> Tensor:
-    """Move the momenta of a chunk; return the read-only matrices whose direction is taken, stacked."""
-    weight, gradients, momenta = group["momentum"], chunk.gradients, chunk.momenta
-    if weight == 0:
-        return _stack(gradients, chunk.norm.spans_batch)
-    if gradients[0].dtype != momenta[0].dtype:
-        gradients = [gradient.to(momenta[0].dtype) for gradient in gradients]
-    if group["momentum_form"] == "lion":
-        ahead = torch._foreach_lerp(gradients, momenta, group["interpolation"])
-        torch._foreach_lerp_(momenta, gradients, 1 - weight)
-        return _stack(ahead, chunk.norm.spans_batch)
-    if group["momentum_form"] == "ema":
-        torch._foreach_lerp_(momenta, gradients, 1 - weight)
-        ahead = torch._foreach_lerp(gradients, momenta, weight) if group["nesterov"] else momenta
-    else:
-        torch._foreach_mul_(momenta, weight)
-        torch._foreach_add_(momenta, gradients)
-        ahead = torch._foreach_add(gradients, momenta, alpha=weight) if group["nesterov"] else momenta
-    return _stack(ahead, chunk.norm.spans_batch)
-
-
-def _stack(blocks: Sequence[Tensor], spans_batch: bool) -> Tensor:
-    if len(blocks) == 1:
-        return blocks[0]
-    return torch.stack(list(blocks)) if blocks[0].ndim == 2 or spans_batch else torch.cat(list(blocks))
-
-
-def _measured(chunk: _Bucket, momentum: Tensor, group: dict[str, Any], rule: StepRule) -> tuple[Tensor, Tensor, Tensor]:
-    r"""What a step rule is told: the direction v of a chunk, $\langle m, v \rangle$ and $\|v\|$, one per matrix."""
-    direction, dual = chunk.norm.direction_and_dual(momentum)
-    pairing = dual * chunk.factor if rule.scaled else dual
-    if not group["constrained"]:
-        return direction, pairing, torch.ones_like(dual)
-    weights = _stack(chunk.parameters, chunk.norm.spans_batch)
-    if group["maximize"]:
-        weights = weights.neg()
-    moved = dual > 0
-    wide = torch.promote_types(weights.dtype, torch.float32)
-    inside = (weights.to(wide) * momentum.to(wide)).sum(tuple(range(dual.ndim, weights.ndim)))
-    direction = direction.add_(weights, alpha=1 / chunk.factor)
-    direction *= moved.reshape(*dual.shape, *(1 for _ in range(weights.ndim - dual.ndim)))
-    pairing = torch.where(moved, dual * chunk.factor + inside, 0.0)
-    return direction, pairing, _norm(chunk.norm).norm(direction) if rule.needs_sizes else pairing
-
-
-def _joined(values: list[Tensor]) -> Tensor:
-    """One vector of the numbers that belong to all matrices, in single precision or better."""
-    device = values[0].device
-    wide = [value.double() if value.dtype == torch.float64 else value.float() for value in values]
-    return torch.cat([value.flatten().to(device) for value in wide])
-
-
-def _apply(chunk: _Bucket, direction: Tensor, group: dict[str, Any], lengths: Tensor | None = None) -> None:
-    """Decay and move the parameters of a chunk, against its direction."""
-    lr, parameters = group["lr"], chunk.parameters
-    lr = lr.to(direction.device).reshape(()) if isinstance(lr, Tensor) else float(lr)
-    decay = 1 - lr * group["weight_decay"]
-    if group["constrained"]:  # with lengths, the direction leads to the ball's point already
-        decay = 1 - lr if lengths is None else 1.0
-    if isinstance(decay, Tensor) or decay != 1:
-        torch._foreach_mul_(parameters, decay)
-    scale = lr * (chunk.factor if group["maximize"] else -chunk.factor)
-    if lengths is not None:
-        scale = scale * lengths  # first: a length alone may pass the range of half precision
-    if isinstance(scale, Tensor):
-        direction, scale = direction.mul_(scale), 1.0
-    if len(parameters) == 1:
-        parameters[0].add_(direction, alpha=scale)
-    elif direction.ndim > parameters[0].ndim:
-        torch._foreach_add_(parameters, direction.unbind(), alpha=scale)
-    else:
-        torch._foreach_add_(parameters, direction.split([len(block) for block in parameters]), alpha=scale)
-
-
 def _text(norm: str | Direction) -> str:
     """The norm as text that is the same in every process: without the addresses of functions."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(norm))
-
-
-def _norm(norm: Direction) -> Norm:
-    assert isinstance(norm, Norm)  # the constrained form takes no other direction
-    return norm
 
 
 def _base(norm: Direction) -> Direction:
@@ -490,66 +394,3 @@ def _shape_factor(name: AdjustLr, shape: tuple[int, ...]) -> float:
     if name == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(rows / columns)
-
-
-def _first_nonfinite(gradients: list[Tensor]) -> int | None:
-    """Position of the first tensor with NaN or infinity. A norm shows it in one fast pass, unless it overflowed."""
-    filled = [(index, gradient) for index, gradient in enumerate(gradients) if gradient.numel()]
-    if not filled:
-        return None
-    norms = torch._foreach_norm([gradient for _, gradient in filled])
-    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
-    finite = torch.stack(list(norms)).isfinite()
-    if bool(finite.all()):
-        return None
-    for suspect in (~finite).nonzero().flatten().tolist():
-        index, gradient = filled[suspect]
-        if not bool(gradient.isfinite().all()):
-            return index
-    return None
-
-
-def _check_parameter(parameter: Tensor) -> None:
-    if parameter.is_complex() or not parameter.is_floating_point():
-        raise TypeError(f"parameters must be real floating-point tensors, got {parameter.dtype}")
-    if parameter.layout != torch.strided:
-        raise TypeError(f"parameters must be dense, got layout {parameter.layout}")
-
-
-def _check_group(group: dict[str, Any], index: int, rule: StepRule) -> None:
-    where = f"of parameter group {index} " if index else ""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr {where}must hold one number, got a tensor of shape {tuple(lr.shape)}")
-    if isinstance(lr, Tensor) and lr.device.type == "cpu" and not torch.compiler.is_compiling():
-        lr = lr.item()  # elsewhere, reading it would wait for the device
-    if not isinstance(lr, Tensor):
-        check_number(lr, "lr", where)
-        if group["constrained"] and lr > 1:
-            raise ValueError(f"lr {where}must be at most 1 when constrained=True, got {lr!r}")
-    check_number(group["weight_decay"], "weight_decay", where)
-    check_number(group["momentum"], "momentum", where, 1.0)
-    check_number(group["interpolation"], "interpolation", where, 1.0)
-    for name in ("nesterov", "constrained", "transposed", "maximize"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} {where}must be True or False, got {group[name]!r}")
-    if group["constrained"] and group["weight_decay"]:
-        raise ValueError(f"weight_decay {where}must be 0 when constrained=True, got {group['weight_decay']!r}")
-    rule.check(group, where)
-    for name, choices in (
-        ("momentum_form", MomentumForm),
-        ("nonfinite", NonFinite),
-        ("adjust_lr_fn", AdjustLr),
-    ):
-        if group[name] not in get_args(choices):
-            raise ValueError(f"{name} {where}must be one of {', '.join(get_args(choices))}; got {group[name]!r}")
-
-
-def check_number(value: Any, name: str, where: str = "", below: float = math.inf) -> None:
-    """Raise unless `value` is a finite number, at least 0 and below `below`."""
-    bound = "" if below == math.inf else f" and below {below:g}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} {where}must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 <= float(value) < below:
-        raise ValueError(f"{name} {where}must be a finite number, at least 0{bound}; got {value!r}")

@@ -11,7 +11,8 @@ from steepest.geometry import Spectral
 from steepest.geometry.coefficients import Triple
 from steepest.geometry.matrix_norms import as_tuple
 from steepest.geometry.polar import Method, Normalize
-from steepest.optim.engine import AdjustLr, MomentumForm, NonFinite, SteepestDescent
+from steepest.optim.checks import AdjustLr, MomentumForm, NonFinite
+from steepest.optim.engine import SteepestDescent
 from steepest.optim.layout import LayoutName
 from steepest.optim.step_rules import StepRule
 

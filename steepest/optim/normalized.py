@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from steepest.geometry import Norm
-from steepest.optim.engine import NonFinite, SteepestDescent
+from steepest.optim.checks import NonFinite
+from steepest.optim.engine import SteepestDescent
 from steepest.optim.step_rules import Joint, Unit
 
 

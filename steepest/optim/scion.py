@@ -1,5 +1,6 @@
 """Scion: one norm per layer, so that learning rates do not depend on width."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -10,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from steepest.geometry import Direction, Norm, Scaled, Spectral
 from steepest.geometry.scaled import one_to_max, one_to_rms, rms_to_max, rms_to_rms, vector_rms
-from steepest.optim.engine import NonFinite, SteepestDescent, check_number
+from steepest.optim.checks import NonFinite, check_number
+from steepest.optim.engine import SteepestDescent
 from steepest.optim.layout import LayoutName
 from steepest.optim.step_rules import StepRule
 
@@ -50,7 +52,8 @@ class Scion(SteepestDescent):
         norm: a name of the table, or any `steepest.geometry.Norm`.
         radius: r. The constrained form keeps each layer in the ball of this radius, once inside.
         momentum: $\mu$, weight of the past (one minus the paper's alpha).
-        constrained: the Frank-Wolfe form, which decays the weights; else the unconstrained form.
+        constrained: the Frank-Wolfe form, which decays the weights; else the unconstrained form. Weights that start
+            outside their balls are warned of; `init_on_ball_` and `project_` bring them in.
         nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"`` gradients with NaN or infinity.
         layout: how parameters are seen as matrices, see `steepest.optim.layout.Layout`.
         split: output sizes of fused blocks, each a matrix of its own.
@@ -94,6 +97,7 @@ class Scion(SteepestDescent):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
+        self._whole = False
         super().__init__(
             params,
             lr,
@@ -109,6 +113,28 @@ class Scion(SteepestDescent):
             foreach=foreach,
             radius=radius,
         )
+        self._whole = True
+        self._warn_outside(0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, see `SteepestDescent.add_param_group`; warns of weights outside their balls."""
+        super().add_param_group(param_group)
+        if self._whole:
+            self._warn_outside(len(self.param_groups) - 1)
+
+    def _warn_outside(self, first_group: int) -> None:
+        from steepest.optim.ball import outside
+
+        found = outside(self, first_group)
+        if found:
+            farthest = max(found, key=lambda name: found[name])
+            warnings.warn(
+                f"{len(found)} parameters lie outside the balls that constrained=True keeps to; the farthest, {farthest}, "
+                f"has {found[farthest]:.3g} times its radius. init_on_ball_ draws weights on the balls, project_ brings "
+                "them inside, a larger radius may be meant",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _resolve_norm(self, norm: str | Direction) -> str | Norm:
         if isinstance(norm, str) and norm not in ("auto", *SCION_NORMS):

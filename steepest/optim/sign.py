@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from steepest.geometry import Max
-from steepest.optim.engine import NonFinite, SteepestDescent
+from steepest.optim.checks import NonFinite
+from steepest.optim.engine import SteepestDescent
 
 
 class SignDescent(SteepestDescent):

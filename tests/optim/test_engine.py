@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from steepest.geometry import L1, NORMS, Euclidean, Max, Nuclear, Scaled, Spectral
 from steepest.geometry.matrix_norms import MaxColumn, MaxRow, Schatten, SumColumn, SumRow
-from steepest.optim import Joint, Layout, Sharp, SteepestDescent, StepRule, Unit, engine
+from steepest.optim import Joint, Layout, Sharp, SteepestDescent, StepRule, Unit, buckets, engine
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -447,7 +447,7 @@ def test_batched_is_looped(norm: str, dtype: torch.dtype, momentum_form: Any) ->
 
 
 def test_pieces_of_a_bucket_cover_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_CHEAP_CHUNK", 30)
+    monkeypatch.setattr(buckets, "_CHEAP_CHUNK", 30)
     parameters = [Parameter(torch.zeros(shape)) for shape in [(3, 4)] * 5 + [(2, 3, 4), (1, 3, 4), (9, 3, 4)]]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)

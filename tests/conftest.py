@@ -14,7 +14,7 @@ import jaxtyping
 import torch
 from torch import Tensor
 
-CHECKED = ("steepest.geometry", "steepest.optim", "steepest.models", "steepest.data")
+CHECKED = ("steepest.geometry", "steepest.optim", "steepest.models", "steepest.nn", "steepest.data")
 
 
 def pytest_configure() -> None:

@@ -69,7 +69,7 @@ def test_the_top_level_loads_nothing() -> None:
 
 
 def test_heavy_libraries_wait() -> None:
-    library = "import steepest.geometry, steepest.loop, steepest.optim, steepest.models, steepest.data"
+    library = "import steepest.geometry, steepest.loop, steepest.optim, steepest.nn, steepest.models, steepest.data"
     loaded = run(f"import torch, sys; before = set(sys.modules); {library}; print(*set(sys.modules) - before)")
     assert "steepest.optim" in loaded
     assert not set(HEAVY) & set(loaded)

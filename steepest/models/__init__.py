@@ -3,7 +3,7 @@
 from steepest.models.attention import Attention, rotary_table, rotate
 from steepest.models.gpt import GPT, Block, GPTConfig
 from steepest.models.mlp import MLP
-from steepest.models.moe import Balancer, Experts, MoE, SwiGLU, SwitchBalancer, load_metrics
+from steepest.models.moe import Experts, MoE, SwiGLU
 from steepest.models.norm import RMSNorm
 from steepest.models.resnet import ResNet
 
@@ -11,7 +11,6 @@ __all__ = [
     "GPT",
     "MLP",
     "Attention",
-    "Balancer",
     "Block",
     "Experts",
     "GPTConfig",
@@ -19,8 +18,6 @@ __all__ = [
     "RMSNorm",
     "ResNet",
     "SwiGLU",
-    "SwitchBalancer",
-    "load_metrics",
     "rotary_table",
     "rotate",
 ]

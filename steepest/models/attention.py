@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steepest.models._init import bare, normal
+from steepest._init import bare, normal
 from steepest.models.norm import RMSNorm
 
 

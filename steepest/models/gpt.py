@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from steepest._checks import check_int
-from steepest.models._init import bare, normal
+from steepest._init import bare, normal
 from steepest.models.attention import Attention, rotary_table
-from steepest.models.moe import Balancer, MoE, SwiGLU, SwitchBalancer
+from steepest.models.moe import MoE, SwiGLU
 from steepest.models.norm import RMSNorm
+from steepest.nn import BALANCERS, Balancer, make_balancer
 
 _HEAD_STD = 0.02
 
@@ -35,7 +36,9 @@ class GPTConfig:
         top_k: Experts that each token uses. Ignored when `experts` is 0.
         expert_mult: `ffn_mult` of one expert; `ffn_mult / top_k` if None, so that a token uses as many weights as
             in the dense model.
-        balance: Coefficient of the Switch load-balance loss; 0 switches it off.
+        balance: What keeps the experts evenly used: "switch", "global_switch", "loss_free", "phi" or "none" (see
+            `steepest.nn.make_balancer`).
+        balance_strength: The number by which that method is tuned; its default if None.
         z_loss: Coefficient of the router's z-loss.
         qk_norm: Whether queries and keys are normalised per head.
         rope_base: Base of the rotary frequencies.
@@ -58,7 +61,8 @@ class GPTConfig:
     experts: int = 0
     top_k: int = 2
     expert_mult: float | None = None
-    balance: float = 0.01
+    balance: str = "switch"
+    balance_strength: float | None = None
     z_loss: float = 0.0
     qk_norm: bool = True
     rope_base: float = 10000.0
@@ -85,9 +89,11 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
-        for name in ("balance", "z_loss"):
+        if self.balance not in BALANCERS:
+            raise ValueError(f"balance must be one of {', '.join(BALANCERS)}, got {self.balance!r}")
+        for name in ("balance_strength", "z_loss"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {value}")
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.float32, got {self.dtype!r}")
@@ -152,12 +158,14 @@ class Block(nn.Module):
         x: Float[Tensor, "batch time width"],
         cos: Float[Tensor, "time half"],
         sin: Float[Tensor, "time half"],
+        mask: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time width"], Float[Tensor, ""] | None]:
         """The new residual stream, and the auxiliary loss of a mixture of experts (None for a dense block)."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        y = self.mlp(self.mlp_norm(x))
-        y, auxiliary = y if isinstance(y, tuple) else (y, None)
-        return x + y, auxiliary
+        if isinstance(self.mlp, MoE):
+            y, auxiliary = self.mlp(self.mlp_norm(x), mask)
+            return x + y, auxiliary
+        return x + self.mlp(self.mlp_norm(x)), None
 
 
 class GPT(nn.Module):
@@ -172,7 +180,7 @@ class GPT(nn.Module):
         generator: Source of the initial values; the same seed gives the same bits. torch's global one if None.
         device: Where the parameters live; torch's default device if None.
         balancer: Makes the load balancer of one layer from the number of experts, for example
-            `lambda experts: SwitchBalancer(0.1)`; the Switch loss with `config.balance` if None.
+            `lambda experts: PhiBalancer(experts, potential="euclidean")`; the one that `config.balance` names if None.
 
     Example:
         >>> model = GPT(GPTConfig(vocab_size=256, context=64), generator=torch.Generator().manual_seed(0))
@@ -197,7 +205,7 @@ class GPT(nn.Module):
         if balancer is not None and not config.experts:
             raise ValueError("balancer needs a mixture of experts: set experts in the config, got experts = 0")
         self.config = config
-        balancer = balancer or (lambda experts: SwitchBalancer(config.balance))
+        balancer = balancer or (lambda experts: make_balancer(config.balance, experts, config.balance_strength))
         options = {"dtype": config.dtype, "device": device}
         self.embedding: nn.Embedding = bare(nn.Embedding, config.vocab_size, config.width, **options)
         normal(self.embedding.weight, config.width**-0.5 if config.tied else 1.0, generator)
@@ -221,13 +229,17 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(
-        self, tokens: Int[Tensor, "batch time"], targets: Int[Tensor, "batch time"] | None = None
+        self,
+        tokens: Int[Tensor, "batch time"],
+        targets: Int[Tensor, "batch time"] | None = None,
+        mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, ""]:
         """Logits, or the loss when `targets` is given.
 
         Args:
             tokens: Token ids.
             targets: The token that follows each position; -100 leaves a position out of the loss.
+            mask: True where a token counts in the balance of experts, False for padding; all if None.
 
         Returns:
             Without targets the logits. With targets the mean cross-entropy in nats per token; while `self.training`,
@@ -237,7 +249,7 @@ class GPT(nn.Module):
             ValueError: the shapes do not fit, or the sequence is longer than the context.
             TypeError: the tokens are not integers.
         """
-        self._check(tokens, targets)
+        self._check(tokens, targets, mask)
         try:
             x = self.embedding(tokens)
         except IndexError:
@@ -249,7 +261,7 @@ class GPT(nn.Module):
         time = tokens.shape[1]
         auxiliary = []
         for block in self.blocks:
-            x, term = block(x, self.cos[:time], self.sin[:time])
+            x, term = block(x, self.cos[:time], self.sin[:time], mask)
             if term is not None:
                 auxiliary.append(term)
         logits = self.head(self.norm(x))
@@ -301,18 +313,21 @@ class GPT(nn.Module):
             self.train(was_training)
         return tokens
 
-    def expert_load(self) -> Float[Tensor, "layers experts"]:
-        """The share of choices that each expert got in the last forward pass (see `load_metrics`).
+    def expert_load(self, soft: bool = False) -> Float[Tensor, "layers experts"]:
+        """The share of choices that each expert got in the last forward pass (see `steepest.nn.load_metrics`).
+
+        Args:
+            soft: Give each expert's mean probability instead, which is what most balancers control.
 
         Raises:
             ValueError: the model has no experts.
         """
-        loads = [block.mlp.load for block in self.blocks if isinstance(block, Block) and isinstance(block.mlp, MoE)]
-        if not loads:
+        routers = [block.mlp.router for block in self.blocks if isinstance(block, Block) and isinstance(block.mlp, MoE)]
+        if not routers:
             raise ValueError("expert_load needs a mixture of experts: set experts in the config, got experts = 0")
-        return torch.stack(loads)
+        return torch.stack([router.soft_load if soft else router.load for router in routers])
 
-    def _check(self, tokens: Tensor, targets: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (batch, time), got {tuple(tokens.shape)}")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -322,4 +337,9 @@ class GPT(nn.Module):
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
+            )
+        if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be of type bool and have the shape of tokens, {tuple(tokens.shape)}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )

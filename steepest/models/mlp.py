@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steepest._checks import check_int
-from steepest.models._init import bare, normal
+from steepest._init import bare, normal
 
 # Each activation with the gain that keeps the second moment of a unit-variance signal (1 where none is usual).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steepest._checks import check_int
-from steepest.models._init import bare, normal
+from steepest._init import bare, normal
 
 
 class _Unit(nn.Module):

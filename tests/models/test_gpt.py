@@ -264,7 +264,8 @@ def test_generate():
         ({"ffn_mult": 0.0}, "ffn_mult"),
         ({"ffn_mult": float("nan")}, "ffn_mult"),
         ({"rope_base": -1.0}, "rope_base"),
-        ({"balance": -0.1}, "balance"),
+        ({"balance": "even"}, "balance"),
+        ({"balance_strength": -0.1}, "balance_strength"),
     ],
 )
 def test_wrong_configuration(options, name):

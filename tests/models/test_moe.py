@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.models import GPT, Balancer, GPTConfig, MoE, SwiGLU, SwitchBalancer, load_metrics
+from steepest.models import GPT, GPTConfig, MoE, SwiGLU
+from steepest.nn import Balancer, PhiBalancer, SwitchBalancer
 
 D = torch.float64
 
@@ -24,8 +25,8 @@ def reference(moe, x):
     out = torch.zeros_like(x)
     for row, token in enumerate(x):
         p = (moe.router.weight @ token).softmax(0)
-        best = p.sort(descending=True).indices[: moe.top_k]
-        total = p[best].sum() if moe.top_k > 1 else 1.0
+        best = p.sort(descending=True).indices[: moe.router.top_k]
+        total = p[best].sum() if moe.router.top_k > 1 else 1.0
         for e in best:
             hidden = F.silu(moe.experts.gate_proj[e] @ token) * (moe.experts.up_proj[e] @ token)
             out[row] += p[e] / total * (moe.experts.down_proj[e] @ hidden)
@@ -39,7 +40,7 @@ def test_the_output_is_the_weighted_sum_of_the_chosen_experts(experts, data, tok
     x = torch.randn(tokens, 8, dtype=D, generator=generator(seed))
     y, _ = moe(x)
     torch.testing.assert_close(y, reference(moe, x), rtol=1e-10, atol=1e-12)
-    assert moe.load.sum().item() == pytest.approx(1)
+    assert moe.router.load.sum().item() == pytest.approx(1)
     folded, _ = moe(x.view(1, tokens, 8))
     assert torch.equal(folded[0], y)
 
@@ -52,7 +53,7 @@ def test_all_experts_equal_the_dense_sum():
     each = torch.einsum("btef,edf->bted", hidden, moe.experts.down_proj)
     expected = (F.linear(x, moe.router.weight).softmax(-1).unsqueeze(-1) * each).sum(2)
     torch.testing.assert_close(moe(x)[0], expected, rtol=1e-10, atol=1e-12)
-    assert moe.load.tolist() == [0.25] * 4
+    assert moe.router.load.tolist() == [0.25] * 4
 
 
 def test_one_expert_equals_the_dense_block():
@@ -70,7 +71,7 @@ def test_permuting_experts_changes_nothing():
     permuted.load_state_dict({name: value[order] for name, value in moe.state_dict().items()})
     x = torch.randn(9, 8, dtype=D, generator=generator(1))
     torch.testing.assert_close(moe(x)[0], permuted(x)[0], rtol=0, atol=1e-14)
-    assert torch.equal(moe.load[order], permuted.load)
+    assert torch.equal(moe.router.load[order], permuted.router.load)
 
 
 def test_gradients_reach_router_and_used_experts_only():
@@ -78,7 +79,7 @@ def test_gradients_reach_router_and_used_experts_only():
     x = torch.randn(3, 8, dtype=D, generator=generator(1))
     moe(x)[0].square().sum().backward()
     assert moe.router.weight.grad.abs().max() > 0
-    used = moe.load > 0
+    used = moe.router.load > 0
     assert torch.equal(moe.experts.gate_proj.grad.flatten(1).abs().amax(1) > 0, used)
 
 
@@ -88,29 +89,22 @@ def test_no_tokens():
     assert loss.item() == 0
 
 
-def test_switch_loss():
-    balancer = SwitchBalancer(0.5)
-    logits = torch.tensor([[2, 1, 0, -1], [0, 0, 3, 1], [1, 1, 1, 1]], dtype=D)
-    load = torch.tensor([1 / 3, 0, 2 / 3, 0], dtype=D)
-    assert balancer.loss(logits.softmax(-1), load).item() == pytest.approx(0.5 * 1.434698, abs=1e-6)
-    even = torch.full((4,), 0.25, dtype=D)
-    assert balancer.loss(even.expand(3, 4), even).item() == pytest.approx(0.5)
-
-
 def test_auxiliary_losses():
     moe = make(balancer=SwitchBalancer(0.1), z_loss=0.01)
     x = torch.randn(9, 8, dtype=D, generator=generator(1))
     logits = x @ moe.router.weight.T
     _, loss = moe(x)
-    expected = 0.1 * 4 * (moe.load * logits.softmax(-1).mean(0)).sum() + 0.01 * logits.logsumexp(-1).square().mean()
+    expected = (
+        0.1 * 4 * (moe.router.load * logits.softmax(-1).mean(0)).sum() + 0.01 * logits.logsumexp(-1).square().mean()
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert moe.eval()(x)[1].item() == 0
 
 
 def test_the_model_adds_the_auxiliary_loss_in_training_only():
-    config = GPTConfig(11, context=8, layers=2, heads=2, width=8, experts=4, dtype=D, balance=0.3)
+    config = GPTConfig(11, context=8, layers=2, heads=2, width=8, experts=4, dtype=D, balance_strength=0.3)
     model = GPT(config, generator=generator())
-    without = GPT(replace(config, balance=0.0), generator=generator())
+    without = GPT(replace(config, balance_strength=0.0), generator=generator())
     x, y = torch.randint(11, (2, 3, 8), generator=generator(1))
     terms = []
     for block in model.blocks:
@@ -140,7 +134,42 @@ def test_a_balancer_of_ones_own():
     x = torch.randint(11, (3, 8), generator=generator(1))
     model(x)
     assert model.expert_load().tolist() == [[0, 0, 0.5, 0.5]] * 2
-    assert model.state_dict()["blocks.1.mlp.balancer.calls"].item() == 1
+    assert model.state_dict()["blocks.1.mlp.router.balancer.calls"].item() == 1
+
+
+@pytest.mark.parametrize("name", ["none", "switch", "global_switch", "loss_free", "phi"])
+def test_the_balancers_by_name(name):
+    """Strength 0 is, to the bit, no balancing; and the default of each trains."""
+    config = GPTConfig(11, context=8, layers=2, heads=2, width=8, experts=4, dtype=D, balance="none")
+    x, y = torch.randint(11, (2, 3, 8), generator=generator(1))
+
+    def train(config):
+        model = GPT(config, generator=generator())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x, y).backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    off = train(replace(config, balance=name, balance_strength=0.0))
+    assert all(map(torch.equal, train(config), off))
+    if name != "none":
+        on = train(replace(config, balance=name, balance_strength=0.1))
+        assert not all(map(torch.equal, off, on))
+
+
+def test_padding_does_not_count():
+    config = GPTConfig(11, context=8, layers=1, heads=2, width=8, experts=4, dtype=D, balance="phi", z_loss=0.1)
+    short, long = GPT(config, generator=generator()), GPT(config, generator=generator())
+    x, y = torch.randint(11, (2, 3, 6), generator=generator(1))
+    padded = F.pad(x, (0, 2), value=7), F.pad(y, (0, 2), value=-100)
+    mask = torch.arange(8).expand(3, 8) < 6
+    assert short(x, y).item() == pytest.approx(long(*padded, mask).item(), rel=1e-12)
+    for soft in (False, True):
+        torch.testing.assert_close(short.expert_load(soft), long.expert_load(soft))
+    name = "blocks.0.mlp.router.balancer.average"
+    torch.testing.assert_close(short.state_dict()[name], long.state_dict()[name])
 
 
 def test_expert_size():
@@ -150,23 +179,13 @@ def test_expert_size():
     assert replace(dense, experts=8, expert_mult=1.0).hidden == 96
 
 
-def test_load_metrics():
-    even = load_metrics(torch.full((2, 4), 0.25))
-    assert even == {"max_violation": 0, "load_cv": 0, "load_entropy": pytest.approx(1), "dead_experts": 0}
-    one = load_metrics(torch.tensor([1.0, 0, 0, 0]))
-    assert one == {
-        "max_violation": 3,
-        "load_cv": pytest.approx(3**0.5),
-        "load_entropy": pytest.approx(0),
-        "dead_experts": 0.75,
-    }
-    assert load_metrics(torch.ones(1))["load_entropy"] == 1
-
-
 def test_wrong_use():
     with pytest.raises(ValueError, match="top_k"):
         make(2, 3)
     with pytest.raises(ValueError, match="experts"):
         make(0, 1)
-    with pytest.raises(ValueError, match="coefficient"):
-        SwitchBalancer(-1.0)
+    with pytest.raises(ValueError, match="balancer must be for experts = 4, got one for 8"):
+        make(balancer=PhiBalancer(8))
+    with pytest.raises(ValueError, match="mask must"):
+        model = GPT(GPTConfig(11, context=8, layers=1, heads=2, width=8, experts=4))
+        model(torch.zeros(1, 4, dtype=torch.int64), mask=torch.ones(1, 3, dtype=torch.bool))

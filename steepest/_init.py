@@ -1,4 +1,4 @@
-"""How the reference models make their parameters: seeded, the same on every device, no global state touched."""
+"""How modules make their parameters: seeded, the same on every device, no global state touched."""
 
 from typing import Any
 

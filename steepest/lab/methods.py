@@ -64,6 +64,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "muon": (1e-3, 1e-1),
         "drop_muon": (1e-3, 1e-1),
         "scion": (2e-3, 2e-1),
+        "clipped_scion": (2e-3, 2e-1),
         "normalized": (1e-2, 1.0),
     }
 )

@@ -1,6 +1,8 @@
 """Train a network: norm-based optimizers on one engine, parameter roles, and the right mix for any model."""
 
+from steepest.optim.ball import ball_ratios, init_on_ball_, project_
 from steepest.optim.build import build, methods, recipe
+from steepest.optim.clipped_scion import ClippedScion
 from steepest.optim.drop_muon import DropMuon, RandomLayers
 from steepest.optim.engine import SteepestDescent
 from steepest.optim.layer_sampling import (
@@ -24,11 +26,13 @@ from steepest.optim.normalized import NormalizedDescent
 from steepest.optim.recipes import Recipe
 from steepest.optim.roles import ParameterRole, Role, Roles, roles
 from steepest.optim.scion import Scion
+from steepest.optim.scion_presets import scion_param_groups
 from steepest.optim.sign import SignDescent
 from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
 
 __all__ = [
     "Clip",
+    "ClippedScion",
     "DeepBiased",
     "DropMuon",
     "EpochShift",
@@ -57,10 +61,14 @@ __all__ = [
     "SuffixSampler",
     "Uniform",
     "Unit",
+    "ball_ratios",
     "build",
     "find_layers",
+    "init_on_ball_",
     "layer_smoothness",
     "methods",
+    "project_",
     "recipe",
     "roles",
+    "scion_param_groups",
 ]

@@ -15,6 +15,8 @@ from steepest.optim.roles import ParameterRole, Role
 
 if TYPE_CHECKING:
     from steepest.optim.checks import AdjustLr, MomentumForm, NonFinite
+    from steepest.optim.scion_presets import Preset, Radii
+    from steepest.optim.step_rules import ShortStep
 
 UNDECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALAR, Role.POSITION})
 
@@ -270,22 +272,14 @@ def split(
     return Mixed(parts, nonfinite=nonfinite)
 
 
-# (input, hidden, output) radii of the authors' runs (language, images; "dense" is ours). Without the constraint only
-# their products with lr count, so they are given relative to the hidden one and lr is the step of a hidden matrix.
-SCION_RADII: Mapping[str, tuple[float, float, float]] = MappingProxyType(
-    {"language": (60.0, 1.0, 60.0), "images": (0.2, 1.0, 40.0), "dense": (1.0, 1.0, 16.0)}
-)
-_CONSTRAINED_RADII = {"language": (3000.0, 50.0, 3000.0), "images": (1.0, 5.0, 2000.0), "dense": (1.0, 1.0, 16.0)}
-
-
 def scion(
     members: list[Member],
     lr: float,
     *,
     momentum: float = 0.9,
     constrained: bool = False,
-    preset: Literal["auto", "language", "images", "dense"] = "auto",
-    radii: tuple[float, float, float] | None = None,
+    preset: "Preset" = "auto",
+    radii: "Radii | None" = None,
     nonfinite: "NonFinite" = "raise",
     foreach: bool | None = None,
     maximize: bool = False,
@@ -294,48 +288,61 @@ def scion(
 ) -> Optimizer:
     """`Scion` on every parameter by the authors' recipe; only parameters of unknown role go to AdamW."""
     from steepest.optim.scion import Scion
+    from steepest.optim.scion_presets import scion_settings
 
-    roles = {member.row.role for member in members}
-    if preset == "auto":
-        preset = "language" if Role.EMBEDDING in roles else "images" if Role.CONV in roles else "dense"
-    if preset not in SCION_RADII:
-        raise ValueError(f"preset: expected auto, {', '.join(SCION_RADII)}; got {preset!r}")
-    chosen = radii or (_CONSTRAINED_RADII if constrained else SCION_RADII)[preset]
-    if len(chosen) != 3 or not all(radius > 0 for radius in chosen):
-        raise ValueError(f"radii: expected three positive numbers (input, hidden, output), got {radii!r}")
-    tables = any(member.row.role is Role.EMBEDDING and len(member.row.shape) == 2 for member in members)
-    first = None if tables else next((member for member in members if member.matrix), None)
+    settings = scion_settings(members, preset, radii, constrained)
+    options = {"momentum": momentum, "constrained": constrained, "foreach": foreach, "maximize": maximize}
 
     def make(own: list[Member]) -> Optimizer:
-        keys = groups(own, lambda member: {**_scion_norm(member, member is first, chosen), **layout_of(member)})
-        return Scion(
-            keys, lr, momentum=momentum, constrained=constrained, nonfinite="ignore", foreach=foreach, maximize=maximize
-        )
+        keys = groups(own, lambda member: {**settings(member), **layout_of(member)})
+        return Scion(keys, lr, nonfinite="ignore", **options)
 
+    return _all_but_ambiguous(members, "scion", make, lr, other_lr, {"maximize": maximize, **(other or {})}, nonfinite)
+
+
+def clipped_scion(
+    members: list[Member],
+    lr: float,
+    *,
+    clip: float | None = None,
+    momentum: float = 0.9,
+    constrained: bool = False,
+    short_step: "ShortStep" = "plain",
+    preset: "Preset" = "auto",
+    radii: "Radii | None" = None,
+    nonfinite: "NonFinite" = "raise",
+    foreach: bool | None = None,
+    maximize: bool = False,
+    other_lr: float | None = None,
+    other: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """`ClippedScion` on every parameter, with the norms and radii of "scion"; `clip` None takes the preset's."""
+    from steepest.optim.clipped_scion import ClippedScion
+    from steepest.optim.scion_presets import default_clip, scion_settings
+
+    settings = scion_settings(members, preset, radii, constrained)
+    threshold = default_clip(members, preset, constrained) if clip is None else clip
+    options = {"momentum": momentum, "constrained": constrained, "foreach": foreach, "maximize": maximize}
+
+    def make(own: list[Member]) -> Optimizer:
+        keys = groups(own, lambda member: {**settings(member), **layout_of(member)})
+        return ClippedScion(keys, lr, threshold, short_step=short_step, nonfinite="ignore", **options)
+
+    rest = {"maximize": maximize, **(other or {})}
+    return _all_but_ambiguous(members, "clipped_scion", make, lr, other_lr, rest, nonfinite)
+
+
+def _all_but_ambiguous(
+    members: list[Member],
+    name: str,
+    make: Callable[[list[Member]], Optimizer],
+    lr: float,
+    other_lr: float | None,
+    other: Mapping[str, Any],
+    nonfinite: "NonFinite",
+) -> Mixed:
     other_lr = other_lr if other_lr is not None else min(lr, 1e-3)
-    settings = {"maximize": maximize, **(other or {})}
-    return split(members, "scion", make, other_lr, settings, nonfinite, lambda m: m.row.role is not Role.AMBIGUOUS)
-
-
-def _scion_norm(member: Member, first: bool, radii: tuple[float, float, float]) -> dict[str, Any]:
-    """Norm and radius: sign at both ends of the model, spectral between, RMS for vectors, rows for channel filters."""
-    from steepest.geometry.matrix_norms import MaxRow
-    from steepest.geometry.scaled import Scaled, ShapeRadius
-
-    entry, hidden, end = radii
-    role, ndim = member.row.role, len(member.row.shape)
-    if ndim < 2:
-        return {"norm": "vector", "radius": hidden}
-    if role in (Role.EMBEDDING, Role.POSITION):
-        return {"norm": "sign", "radius": entry}
-    if role is Role.HEAD:
-        return {"norm": "sign", "radius": end}
-    if role is Role.DEPTHWISE:
-        return {"norm": "row", "radius": hidden}
-    if role is Role.ROUTER or member.matrix:
-        dense_input = first and role is not Role.CONV
-        return {"norm": "spectral_input" if dense_input else "spectral", "radius": entry if first else hidden}
-    return {"norm": Scaled(MaxRow(), ShapeRadius(1.0, 0.0, 1.0)), "radius": hidden}  # each row by its RMS
+    return split(members, name, make, other_lr, other, nonfinite, lambda m: m.row.role is not Role.AMBIGUOUS)
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -390,6 +397,14 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 0.01,
                 (1e-3, 0.3),
                 scion,
+            ),
+            Recipe(
+                "clipped_scion",
+                "Clipped Scion",
+                "Scion whose step shrinks with the dual norm of the gradient once that is below a threshold.",
+                0.02,
+                (1e-3, 1.0),
+                clipped_scion,
             ),
             Recipe(
                 "normalized",

@@ -129,9 +129,9 @@ class Scion(SteepestDescent):
         if found:
             farthest = max(found, key=lambda name: found[name])
             warnings.warn(
-                f"{len(found)} parameters lie outside the balls that constrained=True keeps to; the farthest, {farthest}, "
-                f"has {found[farthest]:.3g} times its radius. init_on_ball_ draws weights on the balls, project_ brings "
-                "them inside, a larger radius may be meant",
+                f"{len(found)} parameters lie outside the balls that constrained=True keeps to; the farthest, "
+                f"{farthest}, has {found[farthest]:.3g} times its radius. init_on_ball_ draws weights on the balls, "
+                "project_ brings them inside, or a larger radius may be meant",
                 UserWarning,
                 stacklevel=3,
             )

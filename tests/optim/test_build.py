@@ -13,8 +13,8 @@ from steepest.models import GPT, MLP, GPTConfig, ResNet
 from steepest.optim.build import build, methods, recipe
 from steepest.optim.engine import SteepestDescent
 from steepest.optim.mixed import Mixed
-from steepest.optim.recipes import SCION_RADII
 from steepest.optim.roles import Role, roles
+from steepest.optim.scion_presets import SCION_RADII
 
 
 def gpt(**options) -> GPT:
@@ -325,7 +325,7 @@ def test_torch_optimizers_come_plain():
 
 
 def test_recipes_are_open():
-    assert methods() == ("adamw", "sgd", "sign", "muon", "drop_muon", "scion", "normalized")
+    assert methods() == ("adamw", "sgd", "sign", "muon", "drop_muon", "scion", "clipped_scion", "normalized")
     mine = replace(recipe("sgd"), name="mine", lr=0.25)
     assert build(gpt(), mine).param_groups[0]["lr"] == 0.25
     for name in methods():

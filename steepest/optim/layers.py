@@ -63,7 +63,8 @@ def find_layers(
         return _given(model, layers)
     units = [(name, names) for name, names in _units(model, "") if names]
     if example_input is not None:
-        places = {id(module): place for place, module in enumerate(trace(model, example_input).order)}
+        order = trace(model, example_input).order
+        places = {module: place for place, module in reversed(list(enumerate(order)))}
         units.sort(key=lambda unit: _first_use(model, unit[1], places))  # what never runs goes first: never alone
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = [ModelLayer(name, members) for name, members in _distinct(units, parameters)]

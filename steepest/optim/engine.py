@@ -355,9 +355,14 @@ class SteepestDescent(Optimizer):
             )
         super().load_state_dict(state_dict)
 
+    def _translated(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What to change in a saved group that comes from another optimizer, which this one goes on from."""
+        return {}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "defaults" not in state:  # from load_state_dict, after its hooks, before anything is changed
             for index, (group, own) in enumerate(zip(state["param_groups"], self.param_groups, strict=True)):
+                group.update(self._translated(group))
                 if str(group.get("norm")) != _text(own["norm"]):
                     raise ValueError(
                         f"state_dict was made with norm {group.get('norm')} in group {index}, here it is {own['norm']}"

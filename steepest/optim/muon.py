@@ -1,7 +1,7 @@
 """Muon: momentum orthogonalised by a polar factor."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ class Muon(SteepestDescent):
     $$b \leftarrow \mu b + (1 - \mu) g, \quad m = \mu b + (1 - \mu) g, \quad
     W \leftarrow (1 - lr\,\lambda) W - lr\,s\,\mathrm{polar}(m)$$
 
-    A drop-in for `torch.optim.Muon` (same names, defaults and learning rates) that also takes batches of matrices
-    (experts), convolution kernels and fused projections, in any floating dtype. It is for hidden weight matrices;
-    embeddings, heads, norms and biases belong to another optimizer: `steepest.optim.build(model, "muon")` sorts them.
+    It stands in for `torch.optim.Muon`: the same names, learning rates and defaults (but for the coefficients, which
+    are more exact here, and no ``eps``, since the update does not depend on the scale of the gradient), and it goes on
+    from its `state_dict`. It also takes batches of matrices (experts), convolution kernels and fused projections, in
+    any floating dtype. It is for hidden weight matrices; embeddings, heads, norms and biases belong to another
+    optimizer: `steepest.optim.build(model, "muon")` sorts them.
 
     Args:
         params: parameters of two dimensions or more, or groups of them.
@@ -71,9 +73,9 @@ class Muon(SteepestDescent):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: str | Triple | Sequence[Triple] = "polar_express",
+        *,
         ns_steps: int | None = None,
         adjust_lr_fn: AdjustLr | None = None,
-        *,
         method: Method = "auto",
         dtype: torch.dtype | None = None,
         normalize: Normalize = "schatten4",
@@ -110,3 +112,8 @@ class Muon(SteepestDescent):
             maximize=maximize,
             foreach=foreach,
         )
+
+    def _translated(self, group: dict[str, Any]) -> dict[str, Any]:
+        if "norm" in group or "ns_coefficients" not in group:  # not a group of torch.optim.Muon
+            return {}
+        return {"norm": str(self.defaults["norm"]), "adjust_lr_fn": group.get("adjust_lr_fn") or "original"}

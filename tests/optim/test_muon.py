@@ -1,5 +1,6 @@
 """Muon: as torch.optim.Muon under its settings, as an exact float64 loop under ours, and the known traps of peers."""
 
+import copy
 import io
 import itertools
 from typing import Any
@@ -322,3 +323,29 @@ def test_wrong_settings_are_named(options: dict[str, Any], error: type[Exception
 def test_vectors_belong_to_another_optimizer() -> None:
     with pytest.raises(ValueError, match=r"matrices.*\(7,\).*another optimizer"):
         Muon(nn.Linear(3, 7).parameters())
+
+
+@pytest.mark.parametrize("adjust_lr_fn", [None, "match_rms_adamw"])
+def test_continues_from_a_state_of_torch_muon(adjust_lr_fn: str | None) -> None:
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(6, 6, 4, generator=torch.Generator().manual_seed(1))
+
+    def stepped(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, pieces: torch.Tensor) -> None:
+        for gradient in pieces:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, adjust_lr_fn=adjust_lr_fn)
+    stepped(optimizer, theirs, gradients[:3])
+    ours = torch.nn.Parameter(theirs.detach().clone())
+    continued = Muon(
+        [ours], ns_coefficients="jordan", normalize="frobenius", method="newton_schulz", dtype=torch.bfloat16
+    )
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert continued.param_groups[0]["lr"] == 0.02 and continued.param_groups[0]["momentum"] == 0.9
+    assert continued.param_groups[0]["adjust_lr_fn"] == (adjust_lr_fn or "original")
+    stepped(optimizer, theirs, gradients[3:])
+    stepped(continued, ours, gradients[3:])
+    assert torch.equal(continued.state[ours]["momentum_buffer"], optimizer.state[theirs]["momentum_buffer"])
+    assert torch.allclose(ours, theirs, atol=5e-3)

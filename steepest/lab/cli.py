@@ -101,6 +101,12 @@ def race(
     finalists: Annotated[str | None, typer.Option(help="How many of the best run on all seeds, or all.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", "--batch-size", help="Batch size of a built-in task.")] = None,
     data: Annotated[Path | None, typer.Option(help="A text file of yours, for the text tasks.")] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            help="How text-moe balances its experts: none, switch, global_switch, loss_free, phi; or NAME=STRENGTH."
+        ),
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Clip the norm of the whole gradient at this value.")] = None,
     prune: Annotated[bool, typer.Option(help="Stop tuning trials that fall clearly behind.")] = True,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
@@ -132,6 +138,7 @@ def race(
         "finalists": _finalists(finalists),
         "batch": batch,
         "data": data,
+        "balance": balance,
         "clip": clip,
         "prune": prune,
         "device": device,

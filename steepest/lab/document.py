@@ -268,6 +268,7 @@ def _settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
         "device": attributes["device"],
         "dtype": attributes["dtype"],
         "batch": attributes["batch"],
+        "balance": attributes.get("balance"),
         "clip": attributes["clip"],
         "prune": attributes["prune"],
         "schedule": "linear warm-up over 5% of the steps, then linear to zero",

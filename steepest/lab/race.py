@@ -134,6 +134,8 @@ def _next_command(document: dict[str, Any]) -> str:
     else:
         change, name = f"--steps {4 * settings['steps']}", "longer"
         why = "does it hold for longer training?"
+    if settings.get("balance"):
+        change = f"--balance {settings['balance']} {change}"
     return f"steepest race --task {document['task']['spec']} {change} --name {document['name']}-{name}   ({why})"
 
 

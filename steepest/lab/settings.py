@@ -43,6 +43,8 @@ class RaceSettings:
         finalists: How many of the best methods run on all seeds ("all" for every one); the reference always does.
         batch: Batch size of a built-in task; None: the task's default.
         data: A text file to use instead of the embedded corpus (text tasks).
+        balance: What keeps the experts of `text-moe` evenly used: a name of `steepest.nn.BALANCERS`, or NAME=STRENGTH;
+            None: the model's default.
         clip: Clip the gradient's global norm at this value; None: no clipping.
         prune: Stop a tuning trial that falls clearly behind its own method's best one.
         device: "auto" takes CUDA if there is one, else the CPU.
@@ -67,6 +69,7 @@ class RaceSettings:
     finalists: int | str = 4
     batch: int | None = None
     data: str | Path | None = None
+    balance: str | None = None
     clip: float | None = None
     prune: bool = True
     device: str = "auto"
@@ -90,7 +93,8 @@ class RaceSettings:
         if self.name is not None:
             return self.name
         path, colon, cls = self.task.rpartition(":")
-        return f"{Path(path).stem}-{cls}" if colon else self.task
+        name = f"{Path(path).stem}-{cls}" if colon else self.task
+        return name if self.balance is None else f"{name}-{self.balance.replace('=', '-')}"
 
     @property
     def folder(self) -> Path:
@@ -118,6 +122,7 @@ class RaceSettings:
             "finalists": self.finalists,
             "batch": self.batch,
             "data": f"{Path(self.data).name} ({_digest(Path(self.data))})" if self.data else None,
+            "balance": self.balance,
             "clip": self.clip,
             "prune": self.prune,
             "device": device,

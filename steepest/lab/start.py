@@ -45,7 +45,7 @@ def join(settings: RaceSettings, store: RaceStore, device: torch.device, say: An
     """
     from steepest.lab.check import check_task
 
-    task = load_task(settings.task, batch=settings.batch, data=settings.data)
+    task = load_task(settings.task, batch=settings.batch, data=settings.data, balance=settings.balance)
     methods = get_methods(settings.methods, settings.lr_ranges)
     identity = settings.identity(device.type)
     if store.exists():
@@ -153,6 +153,7 @@ def _attributes(
         "seeds": settings.seeds,
         "finalists": settings.finalists,
         "batch": getattr(task, "batch", settings.batch),
+        "balance": settings.balance,
         "clip": settings.clip,
         "prune": settings.prune,
         "dtype": settings.dtype,

@@ -49,7 +49,8 @@ USER_BUDGET = Budget(minutes=10)
 class Text:
     """Next-token prediction with a small GPT on a real text.
 
-    The default budget and shape are chosen so that a race of all methods ends in minutes on two cores.
+    The default budget and shape are chosen so that a race of all methods ends in minutes on two cores. With experts,
+    `balance` and `balance_strength` are those of `GPTConfig`.
     """
 
     data: str | Path | None = None
@@ -60,6 +61,8 @@ class Text:
     width: int = 128
     vocab_size: int = 1024
     experts: int = 0
+    balance: str = "switch"
+    balance_strength: float | None = None
     val_batches: int = 8
     name: str = "text"
     budget = Budget(minutes=7)
@@ -86,7 +89,9 @@ class Text:
     @property
     def description(self) -> str:
         """One sentence for the report."""
-        kind = f"mixture-of-experts GPT ({self.experts} experts)" if self.experts else "GPT"
+        strength = "" if self.balance_strength is None else f" of strength {self.balance_strength:g}"
+        balance = f"balance {self.balance}{strength}"
+        kind = f"mixture-of-experts GPT ({self.experts} experts, {balance})" if self.experts else "GPT"
         return (
             f"Next-token prediction on {self.corpus.name} with a {kind}: {self.layers} layers of width {self.width}, "
             f"{self.corpus.vocab_size} tokens in the vocabulary, {self.batch} windows of {self.context} tokens a step."
@@ -97,7 +102,14 @@ class Text:
         from steepest.models import GPT, GPTConfig
 
         config = GPTConfig(
-            self.corpus.vocab_size, self.context, self.layers, self.heads, self.width, experts=self.experts
+            self.corpus.vocab_size,
+            self.context,
+            self.layers,
+            self.heads,
+            self.width,
+            experts=self.experts,
+            balance=self.balance,
+            balance_strength=self.balance_strength,
         )
         return GPT(config, generator=torch.Generator().manual_seed(seed))
 
@@ -110,6 +122,17 @@ class Text:
         if split == "val":
             return self.corpus.batches("val", self.batch, self.context, max_batches=self.val_batches)
         return self.corpus.batches("train", self.batch, self.context, torch.Generator().manual_seed(seed))
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """How evenly experts were used for the batch whose loss has just been computed: hard, and soft in MaxVio."""
+        if not self.experts:
+            return {}
+        from steepest.models import GPT
+        from steepest.nn import load_metrics
+
+        assert isinstance(model, GPT)
+        soft = load_metrics(model.expert_load(soft=True))["max_violation"]
+        return {**load_metrics(model.expert_load()), "soft_max_violation": soft}
 
 
 @dataclass
@@ -152,20 +175,24 @@ class DigitImages:
 TASKS = ("text", "text-moe", "digits")
 
 
-def load_task(spec: str, *, batch: int | None = None, data: str | Path | None = None) -> Any:
+def load_task(
+    spec: str, *, batch: int | None = None, data: str | Path | None = None, balance: str | None = None
+) -> Any:
     """An instance of a built-in task, or of the user's class `path/to/file.py:ClassName` (made with no arguments).
 
     Raises:
-        RaceError: the name is unknown, the class cannot be loaded or made, it lacks a method, or `batch` or `data` are
-            given for a task that does not take them.
+        RaceError: the name is unknown, the class cannot be loaded or made, it lacks a method, `batch`, `data` or
+            `balance` is given for a task that does not take it, or `balance` is not NAME or NAME=STRENGTH.
     """
     sizes: Any = {} if batch is None else {"batch": batch}
     if data is not None and spec not in ("text", "text-moe"):
         raise RaceError(f"data is given ({str(data)!r}), but the task {spec!r} does not read a text file")
+    if balance is not None and spec != "text-moe":
+        raise RaceError(f"balance is given ({balance!r}), but the task {spec!r} is not text-moe")
     if spec == "text":
         return Text(data=data, **sizes)
     if spec == "text-moe":
-        return Text(data=data, experts=4, name="text-moe", **sizes)
+        return Text(data=data, experts=4, name="text-moe", **_balance(balance), **sizes)
     if spec == "digits":
         return DigitImages(**sizes)
     if ":" not in spec:
@@ -176,6 +203,23 @@ def load_task(spec: str, *, batch: int | None = None, data: str | Path | None = 
     if batch is not None:
         raise RaceError(f"batch={batch} is given, but {spec} decides its batch size itself")
     return _user_task(spec)
+
+
+def _balance(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    from steepest.nn import make_balancer
+
+    name, equals, number = text.partition("=")
+    try:
+        strength = float(number) if equals else None
+    except ValueError:
+        raise RaceError(f"balance is {text!r}; it must be NAME or NAME=STRENGTH, for example phi=0.1") from None
+    try:
+        make_balancer(name, 4, strength)
+    except ValueError as error:
+        raise RaceError(f"balance is {text!r}: {error}") from None
+    return {"balance": name, "balance_strength": strength}
 
 
 def _user_task(spec: str) -> Any:

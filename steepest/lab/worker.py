@@ -193,7 +193,9 @@ def open_bench(settings: RaceSettings, store: RaceStore, attributes: dict[str, A
     return Bench(
         settings=settings,
         store=store,
-        task=load_task(settings.task, batch=settings.batch, data=settings.data) if task is None else task,
+        task=load_task(settings.task, batch=settings.batch, data=settings.data, balance=settings.balance)
+        if task is None
+        else task,
         methods={method.name: method for method in get_methods(settings.methods, settings.lr_ranges)},
         plan=plan_settings(attributes),
         steps=int(attributes["steps"]),

@@ -260,6 +260,26 @@ def test_options_that_do_not_fit_the_task(tmp_path):
         load_task(spec, batch=3)
     with pytest.raises(RaceError, match="does not read a text file"):
         load_task("digits", data="x.txt")
+    with pytest.raises(RaceError, match="'text' is not text-moe"):
+        load_task("text", balance="phi")
+    for balance, message in (("even", "balance must be one of"), ("phi=much", "NAME=STRENGTH"), ("phi=-1", "got -1")):
+        with pytest.raises(RaceError, match=f"balance is '{balance}'.*{message}"):
+            load_task("text-moe", balance=balance)
+
+
+def test_experts_are_balanced_as_asked(tmp_path):
+    settings = RaceSettings(
+        task="text-moe", balance="phi=0.3", batch=2, methods=("adamw",), steps=10, lr_trials=1, seeds=1, runs=tmp_path
+    )
+    assert settings.run_name == "text-moe-phi-0.3"
+    document = race(settings)
+    assert "balance phi of strength 0.3" in document["task"]["description"]
+    assert document["settings"]["balance"] == "phi=0.3"
+    found = document["trials"][0]["val"]
+    assert len(found["max_violation"]) == len(found["soft_max_violation"]) == len(found["loss"])
+    assert 0 <= found["soft_max_violation"][-1] < found["max_violation"][-1] < 3
+    with pytest.raises(RaceError, match=r"balance was phi=0\.3, now switch"):
+        race(RaceSettings(**{**vars(settings), "balance": "switch", "name": settings.run_name}))
 
 
 def test_a_text_of_the_users(tmp_path):

@@ -196,10 +196,6 @@ class MaxRow(_Mixed):
     r"""$\max_i \|x_{i:}\|_2$, operator norm $\ell_2 \to \ell_\infty$; dual `SumRow`; lmo: rows over their lengths."""
 
     @property
-    def rowwise(self) -> bool:
-        return True
-
-    @property
     def dual_norm(self) -> Norm:
         return SumRow()
 

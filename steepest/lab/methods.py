@@ -66,6 +66,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "scion": (2e-3, 2e-1),
         "clipped_scion": (2e-3, 2e-1),
         "normalized": (1e-2, 1.0),
+        "symmetry_stack": (1e-3, 1e-1),
     }
 )
 """Where a race begins to look: two decades for every method, so that the same number of trials means the same care."""

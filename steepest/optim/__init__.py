@@ -29,6 +29,7 @@ from steepest.optim.scion import Scion
 from steepest.optim.scion_presets import scion_param_groups
 from steepest.optim.sign import SignDescent
 from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
+from steepest.optim.symmetry import SymmetryStack, symmetry_groups
 
 __all__ = [
     "Clip",
@@ -59,6 +60,7 @@ __all__ = [
     "StepRule",
     "Subsets",
     "SuffixSampler",
+    "SymmetryStack",
     "Uniform",
     "Unit",
     "ball_ratios",
@@ -71,4 +73,5 @@ __all__ = [
     "recipe",
     "roles",
     "scion_param_groups",
+    "symmetry_groups",
 ]

@@ -52,11 +52,12 @@ def build(
     |---|---|---|---|---|
     | "adamw", "sgd", "sign", "normalized" | the method | the method | the method | the method |
     | "muon", "drop_muon" | Muon | AdamW | AdamW | AdamW |
+    | "symmetry_stack" | Muon, per head | unit rows, centred unit rows | centred spectral | AdamW |
     | "scion" | Scion, spectral | Scion, sign | Scion, spectral | Scion, RMS |
 
     Hidden matrices are the dense layers and convolutions between the ends of the model, experts included; fused
-    blocks (QKV, gate and up, RNN gates) are taken apart, so that each part is a matrix of its own. Rows that
-    alternate between gate and up without blocks (gpt-oss) stay one matrix. A router goes to AdamW under "muon": its
+    blocks (QKV, gate and up, RNN gates) are taken apart, so that each part is a matrix of its own, also where gate and
+    up alternate row by row (gpt-oss). A router goes to AdamW under "muon": its
     rows are scores of experts, and a step that gives every direction the same size moves the load too much. Weight
     decay leaves out norms, biases, scalars and positions. Frozen parameters are left out.
 

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from steepest.optim.drop_muon import drop_muon
 from steepest.optim.mixed import Mixed
 from steepest.optim.roles import ParameterRole, Role
+from steepest.optim.symmetry import symmetry_stack
+from steepest.optim.symmetry_rules import block_layout
 
 if TYPE_CHECKING:
     from steepest.optim.checks import AdjustLr, MomentumForm, NonFinite
@@ -81,7 +83,7 @@ def layout_of(member: Member) -> dict[str, Any]:
     row = member.row
     if row.layout == "vector":
         return {"layout": "auto", "split": None, "transposed": False}
-    return {"layout": row.layout, "split": row.split, "transposed": row.transposed}
+    return block_layout(row, per_head=False)
 
 
 def _fused(members: Iterable[Member]) -> bool | None:
@@ -405,6 +407,14 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 0.02,
                 (1e-3, 1.0),
                 clipped_scion,
+            ),
+            Recipe(
+                "symmetry_stack",
+                "Symmetry stack",
+                "Each block by a rule with its symmetry: unit rows for tokens, centred for heads, Muon for matrices.",
+                0.02,
+                (1e-3, 0.1),
+                symmetry_stack,
             ),
             Recipe(
                 "normalized",

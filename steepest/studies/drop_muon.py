@@ -66,8 +66,8 @@ CLAIMS = (
         reported="a theorem; an identity on a separable quadratic, where full updates end in one step and "
         "sum |grad_i|^2 / L_i = 2 f_0",
         criterion="exact mean over the suffixes, along 20 steps of uniform sampling: the mean of f_{k+1} at most "
-        "f_k - sum p_i |grad_i|*^2 / (2 L_i) + 1e-12 on a separable and a coupled quadratic with Euclidean norms and on "
-        "one of matrices with spectral norms; equal within 1e-12 on the separable one; full updates there: the sum "
+        "f_k - sum p_i |grad_i|*^2 / (2 L_i) + 1e-12 on a separable and a coupled quadratic with Euclidean norms and "
+        "on one of matrices with spectral norms; equal within 1e-12 on the separable one; full updates there: the sum "
         "within 1e-12 (relative) of 2 f_0, and |x| <= 1e-12 after one step",
         judge=lambda m: [
             *(excess <= 1e-12 for problem in m["excess"].values() for excess in problem),
@@ -97,8 +97,8 @@ CLAIMS = (
         id="C3",
         statement="A random suffix reaches the same training accuracy at a lower cost than full updates.",
         reported="up to 1.4 times faster (wall-clock)",
-        criterion="digits to 99 % training accuracy, best learning rate of each on one grid, at least 4 seeds: FLOPs of "
-        "full updates over FLOPs of uniform suffixes at least 1.10 (supported), and at least 1.3 (reproduced)",
+        criterion="digits to 99 % training accuracy, best learning rate of each on one grid, at least 4 seeds: FLOPs "
+        "of full updates over FLOPs of uniform suffixes at least 1.10 (supported), and at least 1.3 (reproduced)",
         judge=lambda m: [_seeds(m) >= 4 and _gain(m) >= 1.10, _seeds(m) >= 4 and _gain(m) >= 1.3],
     ),
     Claim(
@@ -113,10 +113,7 @@ CLAIMS = (
         statement="The gain is there at the best learning rate only: at others it vanishes or reverses.",
         reported="no number",
         criterion="at rates 0.05 and 0.2 FLOPs of full updates over FLOPs of uniform suffixes at most 1",
-        judge=lambda m: (
-            [_cost(m, "full", rate) <= _cost(m, "uniform", rate) for rate in ("0.05", "0.2") if rate in m["ratio"]]
-            or False
-        ),
+        judge=lambda m: [m["ratio"].get(rate, math.inf) <= 1 for rate in ("0.05", "0.2")],
     ),
     Claim(
         id="C6",
@@ -211,7 +208,7 @@ def _problem(kind: str, generator: torch.Generator) -> tuple[Blocks, list[float]
 
 def _descent(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"excess": {}, "separable gap": [], "sum over 2 f0": [], "after one step": []}
-    steps, seeds = run.pick(smoke=(4, 2), desktop=(20, 5))
+    steps, seeds = run.pick(smoke=(2, 1), desktop=(20, 5))
     for kind in ("separable", "coupled", "spectral"):
         found["excess"][kind] = []
         for seed in run.seeds(seeds):
@@ -382,7 +379,7 @@ def _digits(train: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _train(run: Run, seed: int, name: str, rate: float) -> dict[str, Any]:
     """Train until 99 % of the training images are right; steps, cost, and the test accuracy on the way."""
-    size, most, patience = run.pick(smoke=(200, 4, 3), desktop=(1400, 200, 10))
+    size, most, patience = run.pick(smoke=(100, 2, 2), desktop=(1400, 200, 10))
     train_x, train_y, test_x, test_y = _digits(size)
     batch, generator = size // 2, run.generator(seed)
     model = _network(seed)
@@ -481,7 +478,7 @@ def _rest(run: Run) -> dict[str, Any]:
     x = torch.randn(rows, width, generator=run.generator(1))
     touched: set[int] = set()
     for parameter in model.parameters():
-        parameter.register_hook(lambda gradient, key=id(parameter): touched.add(key))
+        parameter.register_post_accumulate_grad_hook(lambda same: touched.add(id(same)))
     only_active, identical = True, True
     for start in [0, *range(depth)]:
         optimizer.draw(range(start, depth))

@@ -28,8 +28,12 @@ def runs(costs: dict[str, dict[str, float]], seeds: int = 4) -> dict:
 
 @pytest.mark.parametrize(
     ("full", "uniform", "seeds", "verdict"),
-    [(140, 100, 4, "holds"), (120, 100, 4, "partly"), (105, 100, 4, "does not hold here")]
-    + [(140, 100, 3, "does not hold here")],
+    [
+        (140, 100, 4, "holds"),
+        (120, 100, 4, "partly"),
+        (105, 100, 4, "does not hold here"),
+        (140, 100, 3, "does not hold here"),
+    ],
 )
 def test_the_gain_compares_the_best_rates(full: float, uniform: float, seeds: int, verdict: str) -> None:
     claim = next(claim for claim in drop_muon.CLAIMS if claim.id == "C3")

@@ -90,23 +90,27 @@ def _add_multiple(parameter: Tensor, momentum: Tensor, multiplier: Tensor, decay
 
 def moved_momentum(chunk: Bucket, group: dict[str, Any]) -> Tensor:
     """Move the momenta of a chunk; return the read-only matrices whose direction is taken, stacked."""
-    weight, gradients, momenta = group["momentum"], chunk.gradients, chunk.momenta
+    return stacked(moved_momenta(chunk.gradients, chunk.momenta, group), chunk.norm.spans_batch)
+
+
+def moved_momenta(gradients: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+    """Move the momenta in place; return the read-only tensors whose direction is taken, one for each."""
+    weight = group["momentum"]
     if weight == 0:
-        return stacked(gradients, chunk.norm.spans_batch)
+        return gradients
+    gradients, momenta = list(gradients), list(momenta)
     if gradients[0].dtype != momenta[0].dtype:
         gradients = [gradient.to(momenta[0].dtype) for gradient in gradients]
     if group["momentum_form"] == "lion":
         ahead = torch._foreach_lerp(gradients, momenta, group["interpolation"])
         torch._foreach_lerp_(momenta, gradients, 1 - weight)
-        return stacked(ahead, chunk.norm.spans_batch)
+        return ahead
     if group["momentum_form"] == "ema":
         torch._foreach_lerp_(momenta, gradients, 1 - weight)
-        ahead = torch._foreach_lerp(gradients, momenta, weight) if group["nesterov"] else momenta
-    else:
-        torch._foreach_mul_(momenta, weight)
-        torch._foreach_add_(momenta, gradients)
-        ahead = torch._foreach_add(gradients, momenta, alpha=weight) if group["nesterov"] else momenta
-    return stacked(ahead, chunk.norm.spans_batch)
+        return torch._foreach_lerp(gradients, momenta, weight) if group["nesterov"] else momenta
+    torch._foreach_mul_(momenta, weight)
+    torch._foreach_add_(momenta, gradients)
+    return torch._foreach_add(gradients, momenta, alpha=weight) if group["nesterov"] else momenta
 
 
 def stacked(blocks: Sequence[Tensor], spans_batch: bool) -> Tensor:

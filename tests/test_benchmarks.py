@@ -1,0 +1,49 @@
+"""The benchmark program: the rows of its tables, and numbers that can be right. What it times is not asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import cheap, spectral
+from benchmarks.timing import interleaved_medians
+
+TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
+
+
+@pytest.fixture(autouse=True)
+def tiny_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectral, "SETS", TINY)
+    monkeypatch.setattr(cheap, "SETS", TINY)
+
+
+def test_tables_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program.main(["spectral", "cheap", "--repeats", "1", "--out", str(tmp_path), "--device", "cpu"])
+    for name in ("spectral", "cheap"):
+        document = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+        assert {"title", "description", "environment", "recorded_at", "rows"} <= set(document)
+        assert all(row["matrices"] == "tiny" and row["ms a step"] > 0 for row in document["rows"])
+    assert "spectral-cpu.json" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_our_update_is_closer_to_orthogonal_than_torchs() -> None:
+    ours = spectral.orthogonality_error(spectral.Muon, [(1, 128, 512)], torch.device("cpu"))
+    theirs = spectral.orthogonality_error(torch.optim.Muon, [(1, 128, 512)], torch.device("cpu"))
+    assert ours <= theirs
+
+
+def test_every_round_makes_each_call_once() -> None:
+    calls: list[str] = []
+    medians = interleaved_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=0)
+    assert calls == ["a", "b"] * 3
+    assert set(medians) == {"a", "b"}
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["--repeats", "0"], ["--repeats", "x"]])
+def test_wrong_use_is_one_message(arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main([*arguments, "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,14 @@ import jaxtyping
 import torch
 from torch import Tensor
 
-CHECKED = ("steepest.geometry", "steepest.optim", "steepest.models", "steepest.nn", "steepest.data")
+CHECKED = (
+    "steepest.geometry",
+    "steepest.optim",
+    "steepest.models",
+    "steepest.nn",
+    "steepest.data",
+    "steepest.minimize",
+)
 
 
 def pytest_configure() -> None:

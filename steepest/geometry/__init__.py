@@ -26,6 +26,7 @@ from steepest.geometry.names import NORMS, get_norm
 from steepest.geometry.norms import L1, Euclidean, Frobenius, Lp, Max, Norm
 from steepest.geometry.orientation import Orientation, orient, restore
 from steepest.geometry.polar import Backend, choose_backend, polar, polar_error, singular_value_map
+from steepest.geometry.product import Product
 from steepest.geometry.scaled import (
     Scaled,
     ShapeRadius,
@@ -63,6 +64,7 @@ __all__ = [
     "Orientation",
     "PNormMap",
     "PowerMap",
+    "Product",
     "RowNorm",
     "Scaled",
     "Schatten",

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=
+# One process for each core, one thread for each process; a file stays on one process.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
@@ -26,7 +28,7 @@ race: $(VENV)/.for-race  ## race the methods on the built-in text task (ARGS="..
 	$(BIN)/steepest race $(ARGS)
 
 test: $(VENV)/.for-test  ## run the tests (PYTEST_ARGS="..." goes to pytest)
-	$(RUN) pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.for-dev
 	$(RUN) ruff check .
@@ -39,7 +41,7 @@ docs: $(VENV)/.for-docs  ## build the documentation into site/, strictly
 	$(RUN) mkdocs build --strict --clean
 
 check: lint types docs $(VENV)/.for-test  ## all that a change must pass: lint, format, types, docs, tests
-	$(RUN) pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 bench: $(VENV)/.for-bench  ## time our optimizers beside their peers and store the table
 	$(RUN) benchmarks $(ARGS)

@@ -1,0 +1,1 @@
+"""See what training does, measured and predicted: margins and implicit bias, alignment."""

@@ -109,7 +109,7 @@ def _distinct(
 
 def _joined(model: nn.Module, found: list[ModelLayer]) -> list[ModelLayer]:
     """Layers without a matrix join the one before (the first ones: the one after); tables at the start are one."""
-    full = [any(sum(size > 1 for size in p.shape) > 1 for p in layer.parameters.values()) for layer in found]
+    full = [any(_counts(model, *pair) for pair in layer.parameters.items()) for layer in found]
     if not any(full):
         return found
     joined: list[ModelLayer] = []
@@ -126,6 +126,12 @@ def _joined(model: nn.Module, found: list[ModelLayer]) -> list[ModelLayer]:
             joined.append(ModelLayer(layer.name, parameters))
             waiting = []
     return joined
+
+
+def _counts(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter makes a layer: a matrix or kernel, and not beside modules, as a class token is."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return parameter.ndim > 1 and not any(True for _ in owner.children())
 
 
 def _in_table(model: nn.Module, name: str) -> bool:

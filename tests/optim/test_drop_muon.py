@@ -646,6 +646,14 @@ def test_layers_of_known_models() -> None:
     assert names(ResNet()) == ["conv", *blocks, "head"]
     assert names(mlp()) == ["layers.0", "layers.1", "layers.2", "layers.3"]
     assert names(nn.Linear(2, 3)) == [""]
+    assert names(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))) == [
+        "0",
+        "2",
+        "4",
+    ]
+    mlp_with_token = mlp()
+    mlp_with_token.token = nn.Parameter(torch.zeros(1, 4, 6))
+    assert list(find_layers(mlp_with_token)[0].parameters) == ["token", "layers.0.weight", "layers.0.bias"]
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, nn.LayerNorm(16))
     assert names(encoder) == ["layers.0", "layers.1"]
     nested = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.Linear(4, 2))

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steepest.geometry.mirror import EuclideanMap, LogBarrierMap, MirrorMap, NegentropyMap, PowerMap
-from steepest.nn.balancing import StatefulBalancer, _zero, check_real, needed, recomputing
+from steepest.nn.balancing import StatefulBalancer, check_real, needed, recomputing, zero
 
 FLOOR = 1e-12
 POTENTIALS: Mapping[str, MirrorMap] = MappingProxyType(
@@ -166,9 +166,14 @@ class PhiBalancer(StatefulBalancer):
         if self.training and not recomputing():
             self._observe(observed, count)
         if not self.coefficient:
-            return _zero(probabilities)
+            return zero(probabilities)
         mean = self._mean(total, count)
         return self.coefficient * self._factor * (mean * self.price(self.centred).to(mean.dtype)).sum()
+
+    def extra_repr(self) -> str:
+        """Shown by `print`."""
+        shown = f"experts={self.experts}, momentum={self.momentum:g}, coefficient={self.coefficient:g}"
+        return shown + (f", selection={self.selection:g}" if self.selection else "")
 
     @property
     def _factor(self) -> int:

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from steepest._checks import check_int
 from steepest._init import normal
-from steepest.nn.balancing import (
-    Balancer,
-    GlobalSwitchBalancer,
-    LossFreeBalancer,
-    SwitchBalancer,
-    check_real,
-)
+from steepest.nn.balancing import Balancer, check_real
+from steepest.nn.baselines import GlobalSwitchBalancer, LossFreeBalancer, SwitchBalancer
 from steepest.nn.phi import PhiBalancer
 
 
@@ -86,7 +81,9 @@ class Router(nn.Module):
         self.z_loss = check_real("z_loss", z_loss)
         self.weight = nn.Parameter(torch.empty(experts, width, dtype=dtype, device=device))
         self.balancer = Balancer() if balancer is None else balancer
-        self.balancer.validate = False
+        for part in self.balancer.modules():
+            if isinstance(part, Balancer):
+                part.validate = False
         if device is not None:
             self.balancer.to(device)
         for name in ("load", "soft_load"):

@@ -102,6 +102,9 @@ def test_two_controllers_warn() -> None:
     torch.testing.assert_close(both.scores(p), p + 0.5 * values(-1, 1, 1, 1))
     with pytest.raises(ValueError, match="at least one"):
         CombinedBalancer([])
+    router = Router(6, 4, balancer=both)
+    assert not router(torch.full((2, 6), torch.nan)).loss.isfinite(), "the loss says it, not an error"
+    assert "step=0.5" in str(router)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

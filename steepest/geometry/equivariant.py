@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steepest.geometry.directions import Direction
 from steepest.geometry.inverse_root import RootMethod, check_root, inverse_sqrt
-from steepest.geometry.norms import check_tensor, euclidean, largest_entry, single
+from steepest.geometry.norms import check_tensor, euclidean, inverse_length, largest_entry, single
 from steepest.geometry.orientation import Orientation, check_orientation, orient, restore
 from steepest.geometry.polar import polar
 
@@ -23,10 +23,16 @@ SpectralMethod = Literal["auto", "svd", "eigh", "newton_schulz", "polar_express"
 def centered(x: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
     r"""$(I - 11^\top / m) X$: each column less its mean; rows that only rounding leaves become zero."""
     wide = single(x)
-    rest = wide - wide.mean(-2, keepdim=True)
+    largest = largest_entry(wide, (-2, -1), keepdim=True)
+    return _center_(wide.clone() if wide is x else wide, largest).to(x.dtype)
+
+
+def _center_(x: Tensor, largest: Tensor | float) -> Tensor:
+    """`centered` in place, given the largest entry: a fresh tensor of this size costs more than the arithmetic."""
+    x.sub_(x.mean(-2, keepdim=True))
     # The mean of m numbers of size s is off by a few eps s: a row below that holds no information.
-    floor = largest_entry(wide, (-2, -1), keepdim=True) * (4 * torch.finfo(wide.dtype).eps * math.sqrt(x.shape[-1]))
-    return torch.where(euclidean(rest, (-1,), keepdim=True) > floor, rest, 0.0).to(x.dtype)
+    floor = largest * (4 * torch.finfo(x.dtype).eps * math.sqrt(x.shape[-1]))
+    return x.mul_(euclidean(x, (-1,), keepdim=True) > floor)
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,15 @@ class Equivariant(Direction):
         wide = single(orient(g, self.orientation))
         scale = largest_entry(wide, (-2, -1), keepdim=True)
         unit = wide / scale.clamp_min(torch.finfo(wide.dtype).tiny)
-        unit = centered(unit) if self.center else unit
-        result = self._rule(unit, scale)
+        result = self._rule(_center_(unit, 1.0) if self.center else unit, scale)
         if self.center:
-            result = result - result.mean(-2, keepdim=True)
+            result.sub_(result.mean(-2, keepdim=True))
         result = restore(result, self.orientation)
         return result if self._keeps_scale else result.to(g.dtype)
 
     @abstractmethod
     def _rule(self, unit: Float[Tensor, "*batch m n"], scale: Float[Tensor, "*batch 1 1"]) -> Tensor:
-        """The rule for `unit * scale`; the entries of `unit` are at most one."""
+        """The rule for `unit * scale`, a new tensor; the entries of `unit`, which it may overwrite, are at most one."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,11 @@ class RowNorm(Equivariant):
     def rowwise(self) -> bool:
         return not self.center and self.orientation == "rows" and self.min_row_norm == 0
 
+    def multiplier(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m 1"] | None:
+        if not self.rowwise or self.eps is not None:
+            return None
+        return inverse_length(g, (-1,))
+
     def direction(self, g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
         if self.rowwise and isinstance(g, Tensor) and g.ndim >= 2 and g.numel() and g.is_floating_point():
             check_tensor(g, "g", least_ndim=2)
@@ -117,10 +127,9 @@ class RowNorm(Equivariant):
         return super().direction(g)
 
     def _rule(self, unit: Tensor, scale: Tensor) -> Tensor:
-        if self.eps is None:
-            return unit_rows(unit, None, self.min_row_norm)
         tiny = torch.finfo(unit.dtype).tiny
-        return unit_rows(unit, (self.eps / scale.clamp_min(tiny)).clamp_max(1 / tiny), self.min_row_norm)
+        eps = None if self.eps is None else (self.eps / scale.clamp_min(tiny)).clamp_max(1 / tiny)
+        return unit.div_(_row_lengths(unit, eps, self.min_row_norm))
 
 
 def unit_rows(
@@ -128,12 +137,16 @@ def unit_rows(
 ) -> Float[Tensor, "*batch m n"]:
     """Every row over its length plus `eps`, the length at least `least` times the longest; zero rows stay zero."""
     wide = single(x)
-    lengths = euclidean(wide, (-1,), keepdim=True)
+    return (wide / _row_lengths(wide, eps, least)).to(x.dtype)
+
+
+def _row_lengths(x: Tensor, eps: float | Tensor | None, least: float) -> Tensor:
+    lengths = euclidean(x, (-1,), keepdim=True)
     if least:
         lengths = torch.maximum(lengths, least * lengths.amax(-2, keepdim=True))
     if eps is not None:
         lengths = lengths + eps
-    return (wide / lengths.clamp_min(torch.finfo(wide.dtype).tiny)).to(x.dtype)
+    return lengths.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -268,6 +281,6 @@ class Hybrid(_WithPolar):
             rows = unit_rows(self._polar(unit))
             return torch.where(unit.any(-1, keepdim=True), rows, 0.0)  # what rounding left of a zero row is no row
         z = unit_rows(unit)
-        z = centered(z) if self.center else z
+        z = _center_(z, 1.0) if self.center else z
         factor = self._polar(z)
         return factor if self.alpha == 0 else factor * self._power((z * factor).sum((-2, -1), keepdim=True))

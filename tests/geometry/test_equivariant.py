@@ -150,7 +150,7 @@ def test_rules_commute_with_their_groups(rule: Direction, symmetry: Symmetry):
         (MaxColumn(), Symmetry("none", "orthogonal")),
         (RowNorm(orientation="columns"), ROWS),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_rules_do_not_commute_with_more(rule, symmetry: Symmetry):
     assert check_equivariance(rule, symmetry) > 0.1
@@ -294,6 +294,23 @@ def test_a_row_seen_once_keeps_a_full_step_unless_bounded():
     bounded = RowNorm(min_row_norm=0.01).direction(momentum)
     close(bounded[0].norm(), 1.0, 1e-12)
     close(bounded[1].norm(), 0.95**200 / 0.01, 1e-9)
+
+
+def test_the_multiplier_is_the_direction():
+    x = matrix(5, 4)
+    x[2] = 0
+    factor = RowNorm().multiplier(x)
+    assert factor is not None and factor.shape == (5, 1)
+    close(factor * x, RowNorm().direction(x), 1e-15)
+    for rule in (RowNorm(center=True), RowNorm(eps=1e-8), RowNorm(min_row_norm=0.1), RowNorm(orientation="columns")):
+        assert rule.multiplier(x) is None
+
+
+def test_nothing_overwrites_the_gradient():
+    for rule in RULES:
+        x = matrix(6, 4)
+        rule.direction(x)
+        assert torch.equal(x, matrix(6, 4))
 
 
 def test_eps_is_added_to_the_length_of_a_row():

@@ -26,6 +26,7 @@ from steepest.optim.normalized import NormalizedDescent
 from steepest.optim.recipes import Recipe
 from steepest.optim.roles import ParameterRole, Role, Roles, roles
 from steepest.optim.scion import Scion
+from steepest.optim.scion_light import ScionLight
 from steepest.optim.scion_presets import scion_param_groups
 from steepest.optim.sign import SignDescent
 from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
@@ -53,6 +54,7 @@ __all__ = [
     "Role",
     "Roles",
     "Scion",
+    "ScionLight",
     "Sharp",
     "SignDescent",
     "Starts",

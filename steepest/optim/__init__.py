@@ -4,6 +4,7 @@ from steepest.optim.ball import ball_ratios, init_on_ball_, project_
 from steepest.optim.build import build, methods, recipe
 from steepest.optim.clipped_scion import ClippedScion
 from steepest.optim.drop_muon import DropMuon, RandomLayers
+from steepest.optim.distributed import distribute
 from steepest.optim.engine import SteepestDescent
 from steepest.optim.layer_sampling import (
     DeepBiased,
@@ -67,6 +68,7 @@ __all__ = [
     "Unit",
     "ball_ratios",
     "build",
+    "distribute",
     "find_layers",
     "init_on_ball_",
     "layer_smoothness",

@@ -16,6 +16,7 @@ from steepest.geometry.norms import Lp
 from steepest.optim.engine import SteepestDescent
 from steepest.optim.layout import Layout
 from steepest.optim.mixed import Mixed
+from steepest.optim.placement import gathered, write_back
 
 __all__ = ["ball_ratios", "init_on_ball_", "project_"]
 
@@ -30,16 +31,16 @@ class _Weight:
     norms: list[tuple[Direction, float]]
 
     def ratio(self) -> float:
-        blocks = self.layout.blocks(self.parameter.detach().contiguous())
+        blocks = self.layout.blocks(gathered(self.parameter).contiguous())
         sizes = [_size(x, norm) / factor for x, norm, factor in self._with_norms(blocks) if x.numel()]
         return max(sizes, default=0.0)
 
     def write(self, made: Callable[[Tensor, Norm, float], Tensor]) -> None:
         """Replace each block x by made(x, norm, factor), in float64."""
-        values = self.parameter.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        values = gathered(self.parameter).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         for x, norm, factor in self._with_norms(self.layout.blocks(values)):
             x.copy_(made(x, norm, factor))
-        self.parameter.copy_(values)
+        write_back(self.parameter, values)
 
     def _with_norms(self, blocks: list[Tensor]) -> Iterator[tuple[Tensor, Norm, float]]:
         for x, (norm, factor) in zip(blocks, self.norms, strict=True):

@@ -20,7 +20,9 @@ from steepest.optim.checks import (
     check_parameter,
     first_nonfinite,
 )
+from steepest.optim.distributed import Distribution
 from steepest.optim.layout import Layout, LayoutName, memory_order
+from steepest.optim.placement import is_sharded, local
 from steepest.optim.step_rules import StepRule, Unit
 
 
@@ -114,6 +116,7 @@ class SteepestDescent(Optimizer):
             raise TypeError(f"foreach must be True, False or None, got {foreach!r}")
         self.foreach = foreach
         self._plans: dict[int, Any] = {}
+        self.distribution: Distribution | None = None
         defaults = {
             "lr": lr,
             "norm": norm,
@@ -153,6 +156,9 @@ class SteepestDescent(Optimizer):
         check_group(group, index, self.step_rule)
         for parameter in group["params"]:
             check_parameter(parameter)
+            if is_sharded(parameter):
+                self.distribution = self.distribution or Distribution()
+                self.distribution.placement(parameter)
             for _ in self._block_norms(parameter, group):
                 pass
 
@@ -162,7 +168,8 @@ class SteepestDescent(Optimizer):
         return self.param_groups[0]["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "step_rule": self.step_rule, "foreach": self.foreach, "_plans": {}}
+        kept = {"step_rule": self.step_rule, "foreach": self.foreach, "distribution": self.distribution, "_plans": {}}
+        return {**super().__getstate__(), **kept}
 
     def _resolve_norm(self, norm: str | Direction) -> str | Direction:
         """What the group keeps as its norm."""
@@ -206,6 +213,9 @@ class SteepestDescent(Optimizer):
         if not self._gradients_are_usable():
             for group in self.param_groups:
                 group["skipped_steps"] += 1
+            return loss
+        if self.distribution is not None:
+            self.distribution.step(self)
             return loss
         copies: list[tuple[Tensor, Tensor]] = []
         work = [
@@ -253,7 +263,12 @@ class SteepestDescent(Optimizer):
                     )
                 if group["nonfinite"] != "ignore":
                     checked.append((group, parameter, gradient))
-        bad = first_nonfinite([gradient for _, _, gradient in checked])
+        gradients = [gradient for _, _, gradient in checked]
+        if self.distribution is None:
+            bad = first_nonfinite(gradients)
+        else:
+            looked_at = [p for group in self.param_groups if group["nonfinite"] != "ignore" for p in group["params"]]
+            bad = self.distribution.agree(looked_at, first_nonfinite([local(gradient) for gradient in gradients]))
         if bad is None:
             return True
         group, parameter, _ = checked[bad]

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steepest.optim.distributed import first_bad
+from steepest.optim.placement import local
+
 NonFinite = Literal["raise", "skip", "ignore"]
 
 
@@ -111,7 +114,9 @@ class Mixed(Optimizer):
             for index, parameter in enumerate(group["params"])
             if parameter.grad is not None and parameter.grad.layout == torch.strided
         ]
-        bad = first_nonfinite([gradient for *_, gradient in found])
+        bad = first_nonfinite([local(gradient) for *_, gradient in found])
+        everything = [parameter for _, parameter in _parameters(self._parts)]
+        bad = first_bad(list(self._parts.values()), everything, bad)
         if bad is None:
             return True
         if self.nonfinite == "skip":
@@ -223,16 +228,18 @@ class Mixed(Optimizer):
             hook(self)
 
     def _take_apart(self, joined: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        missing = {"state", "param_groups", "parts"} - set(joined)
+        named = "parts" not in joined and _has_names(joined)
+        missing = {"state", "param_groups", *(() if named else ("parts",))} - set(joined)
         if missing:
             raise ValueError(
                 f"state_dict: not one of a Mixed, it has no {', '.join(sorted(missing))}; it has "
                 f"{', '.join(map(str, joined)) or 'nothing'}"
             )
-        saved, own = joined["parts"], self._parts
+        own = self._parts
+        saved = joined["parts"] if not named else {name: _part_entry(part) for name, part in own.items()}
         if list(saved) != list(own):
             raise ValueError(f"state_dict: it has the parts {list(saved)}, this optimizer has {list(own)}")
-        pieces, groups, start = {}, list(joined["param_groups"]), 0
+        pieces, groups = {}, list(joined["param_groups"])
         for name, part in own.items():
             entry = saved[name]
             if entry["optimizer"] != type(part).__name__:
@@ -247,14 +254,14 @@ class Mixed(Optimizer):
                 )
             numbers = [number for group in mine for number in group["params"]]
             parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+            places = {number: place for place, number in enumerate(numbers)}
             state = {number: joined["state"][number] for number in numbers if number in joined["state"]}
             _check_shapes(name, state, dict(zip(numbers, parameters, strict=True)))
             pieces[name] = {
                 **entry["extra"],
-                "state": {number - start: value for number, value in state.items()} | entry["state"],
-                "param_groups": [{**g, "params": [number - start for number in g["params"]]} for g in mine],
+                "state": {places[number]: value for number, value in state.items()} | entry["state"],
+                "param_groups": [{**g, "params": [places[number] for number in g["params"]]} for g in mine],
             }
-            start += entry["parameters"]
         if groups:
             raise ValueError(f"state_dict: {len(groups)} parameter groups belong to no part")
         return pieces
@@ -349,7 +356,18 @@ def _common_defaults(parts: Mapping[str, Optimizer]) -> dict[str, Any]:
     return shared
 
 
-def _check_shapes(name: str, state: Mapping[int, Any], parameters: Mapping[int, Tensor]) -> None:
+def _has_names(joined: Mapping[str, Any]) -> bool:
+    """Whether parameters go by name, as `torch.distributed.checkpoint` has them: it keeps states and groups alone."""
+    groups = joined.get("param_groups", ())
+    return any(isinstance(number, str) for group in groups for number in group.get("params", ()))
+
+
+def _part_entry(part: Optimizer) -> dict[str, Any]:
+    """What `state_dict` would say of a part that has nothing beside states and groups."""
+    return {"optimizer": type(part).__name__, "groups": len(part.param_groups), "state": {}, "extra": {}}
+
+
+def _check_shapes(name: str, state: Mapping[Any, Any], parameters: Mapping[Any, Tensor]) -> None:
     """Buffers shaped like another parameter show that the state belongs to another model."""
     for number, values in state.items():
         shape = parameters[number].shape

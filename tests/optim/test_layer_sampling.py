@@ -170,3 +170,26 @@ def test_wrong_kinds() -> None:
 
 def test_sums_within_the_tolerance_are_taken() -> None:
     assert Starts([0.5, 0.5 + 5e-7]).draw(2, 0, torch.Generator()) in ((0, 1), (1,))
+
+
+def test_the_bound_is_not_the_practice() -> None:
+    """On a separable quadratic with steps 1/L_i a layer is done when it has moved once: all are after one full step.
+
+    With the optimal suffixes that takes 1 / p_1 = 8 steps on average, so their better bound (31 against 48) comes with
+    a higher cost (31 against 6).
+    """
+    constants, costs, forward = (1.0, 2.0, 4.0, 8.0), [1.0] * 4, 2.0
+    sampler, generator = Optimal(constants), torch.Generator().manual_seed(0)
+    spent = []
+    for _ in range(2000):
+        cost, active = 0.0, (3,)
+        while active[0] > 0:
+            active = sampler.draw(4, 0, generator)
+            cost += forward + sum(costs[layer] for layer in active)
+        spent.append(cost)
+    full = float(expected_cost(Full().update_probabilities(4), costs, forward))
+    assert full == 6 < sum(spent) / len(spent) == pytest.approx(31, rel=0.1)
+    bounds = [
+        float(guaranteed_cost(law.update_probabilities(4), constants, costs, forward)) for law in (sampler, Full())
+    ]
+    assert bounds == [31, 48]

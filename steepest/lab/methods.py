@@ -63,6 +63,8 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "sign": (1e-4, 1e-2),
         "muon": (1e-3, 1e-1),
         "drop_muon": (1e-3, 1e-1),
+        "freon": (1e-3, 1e-1),
+        "kaon": (1e-3, 1e-1),
         "scion": (2e-3, 2e-1),
         "clipped_scion": (2e-3, 2e-1),
         "normalized": (1e-2, 1.0),

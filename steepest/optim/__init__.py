@@ -3,9 +3,11 @@
 from steepest.optim.ball import ball_ratios, init_on_ball_, project_
 from steepest.optim.build import build, methods, recipe
 from steepest.optim.clipped_scion import ClippedScion
-from steepest.optim.drop_muon import DropMuon, RandomLayers
 from steepest.optim.distributed import distribute
+from steepest.optim.drop_muon import DropMuon, RandomLayers
 from steepest.optim.engine import SteepestDescent
+from steepest.optim.freon import Freon
+from steepest.optim.kaon import Kaon, SpectralControl
 from steepest.optim.layer_sampling import (
     DeepBiased,
     EpochShift,
@@ -39,8 +41,10 @@ __all__ = [
     "DeepBiased",
     "DropMuon",
     "EpochShift",
+    "Freon",
     "Full",
     "Joint",
+    "Kaon",
     "LayerSampler",
     "Layout",
     "Mixed",
@@ -58,6 +62,7 @@ __all__ = [
     "ScionLight",
     "Sharp",
     "SignDescent",
+    "SpectralControl",
     "Starts",
     "SteepestDescent",
     "StepRule",

@@ -255,6 +255,90 @@ def muon(
     return split(members, "muon", make, other_lr, settings, nonfinite)
 
 
+def freon(
+    members: list[Member],
+    lr: float,
+    *,
+    c: float = 2 / 3,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    normalize: Literal["mean", "schatten", "none"] = "mean",
+    backend: Literal["auto", "eigh", "svd", "rational"] = "auto",
+    damping: float | None = None,
+    weight_decay: float = 0.1,
+    adjust_lr_fn: "AdjustLr" = "match_rms_adamw",
+    nonfinite: "NonFinite" = "raise",
+    foreach: bool | None = None,
+    maximize: bool = False,
+    other_lr: float | None = None,
+    other: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """`Freon` on hidden matrices, AdamW on the rest."""
+    from steepest.optim.freon import Freon
+
+    def make(matrices: list[Member]) -> Optimizer:
+        return Freon(
+            groups(matrices, layout_of),
+            lr,
+            c,
+            momentum,
+            nesterov,
+            normalize=normalize,
+            backend=backend,
+            damping=damping,
+            weight_decay=weight_decay,
+            adjust_lr_fn=adjust_lr_fn,
+            nonfinite="ignore",
+            foreach=foreach,
+            maximize=maximize,
+        )
+
+    if other_lr is None:
+        other_lr = lr * OTHER_LR.get(adjust_lr_fn, 1.0)
+    settings = {"weight_decay": weight_decay, "maximize": maximize, **(other or {})}
+    return split(members, "freon", make, other_lr, settings, nonfinite)
+
+
+def kaon(
+    members: list[Member],
+    lr: float,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    dtype: torch.dtype | None = None,
+    weight_decay: float = 0.1,
+    adjust_lr_fn: "AdjustLr" = "match_rms_adamw",
+    nonfinite: "NonFinite" = "raise",
+    foreach: bool | None = None,
+    maximize: bool = False,
+    other_lr: float | None = None,
+    other: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """`Kaon` on hidden matrices, AdamW on the rest."""
+    from steepest.optim.kaon import Kaon
+
+    def make(matrices: list[Member]) -> Optimizer:
+        return Kaon(
+            groups(matrices, layout_of),
+            lr,
+            momentum,
+            nesterov,
+            steps=steps,
+            dtype=dtype,
+            weight_decay=weight_decay,
+            adjust_lr_fn=adjust_lr_fn,
+            nonfinite="ignore",
+            foreach=foreach,
+            maximize=maximize,
+        )
+
+    if other_lr is None:
+        other_lr = lr * OTHER_LR.get(adjust_lr_fn, 1.0)
+    settings = {"weight_decay": weight_decay, "maximize": maximize, **(other or {})}
+    return split(members, "kaon", make, other_lr, settings, nonfinite)
+
+
 def split(
     members: list[Member],
     name: str,
@@ -391,6 +475,22 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 (2e-4, 3e-2),
                 drop_muon,
                 with_model=True,
+            ),
+            Recipe(
+                "freon",
+                "Freon",
+                "Raises the singular values of each hidden matrix's momentum to a power; beyond Muon by default.",
+                2e-3,
+                (2e-4, 3e-2),
+                freon,
+            ),
+            Recipe(
+                "kaon",
+                "Kaon",
+                "Sends the singular values of each hidden matrix's momentum through a chaotic map: a control of Muon.",
+                2e-3,
+                (2e-4, 3e-2),
+                kaon,
             ),
             Recipe(
                 "scion",

@@ -325,7 +325,7 @@ def test_torch_optimizers_come_plain():
 
 
 def test_recipes_are_open():
-    expected = "adamw sgd sign muon drop_muon scion clipped_scion symmetry_stack normalized"
+    expected = "adamw sgd sign muon drop_muon freon kaon scion clipped_scion symmetry_stack normalized"
     assert methods() == tuple(expected.split())
     mine = replace(recipe("sgd"), name="mine", lr=0.25)
     assert build(gpt(), mine).param_groups[0]["lr"] == 0.25

@@ -91,7 +91,9 @@ def max_margin(
             warnings.warn(f"the largest margin is only known to lie in [{lower:.9g}, {upper:.9g}]", stacklevel=3)
     batch = features.shape[:-2]
     weight = torch.stack([each[0] for each in found]).to(features).reshape(*batch, count, -1)
-    lower, upper = (torch.tensor([each[i] for each in found]).to(features).reshape(batch) for i in (1, 2))
+    lower, upper = (
+        torch.tensor([each[i] for each in found], dtype=torch.float64).to(features).reshape(batch) for i in (1, 2)
+    )
     return MaxMargin(lower, weight, upper)
 
 
@@ -230,7 +232,7 @@ class _SpectralBall(_PowerBall):
         self.change = self.second = torch.zeros_like(self.inverse)
 
     def start(self, pull: Tensor) -> float:
-        size = float(torch.linalg.matrix_norm(pull, 2)) or 1.0
+        size = float(torch.linalg.matrix_norm(pull, 2))
         self.multiplier = self._block(-pull / 2, size)
         return size
 
@@ -289,8 +291,11 @@ def _interior_point(
     outer = (x[:, :, None] * x[:, None, :]).flatten(1)
     constraints = int((~own).sum())
     dual = torch.where(own, 0.0, torch.full_like(x[:, :1], 1 / constraints))
-    weight, level = x.new_zeros(classes, size), -constraints * ball.start(_pull(dual, own).mT @ x)
-    best = weight, 0.0, math.inf
+    weight = x.new_zeros(classes, size)
+    best = _judge(weight, dual, x, own, norm, (weight, 0.0, math.inf))
+    if best[2] < give_up:
+        return best
+    level = -constraints * ball.start(_pull(dual, own).mT @ x)
     for _ in range(100):
         slack = torch.where(own, 1.0, _gaps(weight, x, own) - level)
         ratio = dual / slack

@@ -224,6 +224,10 @@ def check_data(features: Tensor, labels: Tensor, classes: int | None = None) -> 
     if not isinstance(features, Tensor) or not features.is_floating_point():
         kind = getattr(features, "dtype", type(features).__name__)
         raise TypeError(f"features must be a real floating-point tensor (*batch, n, d), got {kind}")
+    if features.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"features must be float32 or float64, got {features.dtype}: half precision rounds margins away"
+        )
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()

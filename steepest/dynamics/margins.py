@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steepest.dynamics.log_domain import LogDomainLoss, Loss, check_data, label_mask
-from steepest.geometry import Norm, Spectral, get_norm, rms_to_rms
+from steepest.geometry import Norm, Schatten, Spectral, get_norm, rms_to_rms
 
 
 class NotSeparableError(ValueError):
@@ -30,6 +30,8 @@ def exact_norm(norm: str | Norm) -> Norm:
     found = exact[norm]() if isinstance(norm, str) and norm in exact else get_norm(norm)
     if not isinstance(found, Norm):
         raise TypeError(f"norm must be a norm, which margins are measured in; got {found!r}, a direction only")
+    if isinstance(found, Schatten) and found.p < 1:
+        raise ValueError(f"norm must be a norm, got {found!r}: below p = 1 the triangle inequality fails")
     return found
 
 

@@ -52,8 +52,8 @@ def find_layers(
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
-        >>> [(layer.name, len(layer.parameters)) for layer in find_layers(model)]
-        [('0', 4), ('3', 2)]
+        >>> print(*((layer.name, len(layer.parameters)) for layer in find_layers(model)))
+        ('0', 4) ('3', 2)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -21,6 +21,7 @@ CHECKED = (
     "steepest.nn",
     "steepest.data",
     "steepest.minimize",
+    "steepest.dynamics",
 )
 
 

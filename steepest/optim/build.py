@@ -53,7 +53,7 @@ def build(
     | "adamw", "sgd", "sign", "normalized" | the method | the method | the method | the method |
     | "muon", "drop_muon" | Muon | AdamW | AdamW | AdamW |
     | "symmetry_stack" | Muon, per head | unit rows, centred unit rows | centred spectral | AdamW |
-    | "scion" | Scion, spectral | Scion, sign | Scion, spectral | Scion, RMS |
+    | "scion", "clipped_scion" | it, spectral | it, sign | it, spectral | it, RMS |
 
     Hidden matrices are the dense layers and convolutions between the ends of the model, experts included; fused
     blocks (QKV, gate and up, RNN gates) are taken apart, so that each part is a matrix of its own, also where gate and
@@ -76,12 +76,12 @@ def build(
             computed), ..., and for its AdamW part `other_lr` and `other` (a mapping of AdamW's options). `other_lr` is
             `lr` for adjust_lr_fn="match_rms_adamw" (the default here: updates have the size of AdamW's, so that one
             learning rate serves both and rates of AdamW carry over), and 0.15 `lr` for the other scalings. "scion":
-            `momentum`, `constrained`, `preset`, `radii`. "drop_muon": those of "muon", `sampler`, `layers`, `generator`
-            (`steepest.optim.RandomLayers`).
+            `momentum`, `constrained`, `preset`, `radii`; "clipped_scion": these, `clip` and `short_step`. "drop_muon":
+            those of "muon", `sampler`, `layers`, `generator` (`steepest.optim.RandomLayers`).
 
     Returns:
         A `torch.optim.Optimizer`: torch's own for "adamw" and "sgd", the engine's for "sign" and "normalized", a
-        `Mixed` for "muon", "drop_muon" and "scion".
+        `Mixed` for "muon", "drop_muon", "scion" and "clipped_scion".
 
     Raises:
         TypeError: `model` is not a module.

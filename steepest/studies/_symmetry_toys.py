@@ -28,9 +28,9 @@ class Arm:
 
 
 LANGUAGE_ARMS: Mapping[str, Arm] = {
-    "adamw": Arm("adamw", "adamw", (0.01, 0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2, 3e-2)),
-    "row-norm": Arm("row", "centered_row", (0.1, 0.3, 1.0, 3.0), (1e-3, 3e-3, 1e-2, 3e-2)),
-    "hybrid": Arm("hybrid", "centered_hybrid", (3e-4, 1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3, 1e-2)),
+    "adamw": Arm("adamw", "adamw", (0.03, 0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2, 0.1)),
+    "row-norm": Arm("row", "centered_row", (0.1, 0.3, 1.0, 3.0), (3e-3, 1e-2, 3e-2, 0.1)),
+    "hybrid": Arm("hybrid", "centered_hybrid", (1e-3, 3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2, 3e-2)),
 }
 
 

@@ -89,7 +89,7 @@ class _LinearDescent(ABC):
             margin; and "lr", the step size that was used. With leading dimensions, one number per problem: "loss[0]".
 
         Raises:
-            NotSeparableError: after `check_after` steps no problem-wide positive margin was seen, and none exists.
+            NotSeparableError: no margin was positive in `check_after` steps, and an exact test says that none can be.
         """
         size = self.lr / (self.steps + 1) ** self.lr_power
         self.weight = self.weight - size * self._direction(self._found)
@@ -239,6 +239,7 @@ class LinearSteepestDescent(_LinearDescent):
         self.momentum_buffer = ScaledTensor.zeros_like(self.weight)
 
     def _direction(self, found: Evaluation) -> Tensor:
+        _check_gradient(found)
         gradient = found.gradient
         if not self.log_domain:
             plain = self.problem.plain_gradient(self.weight)
@@ -250,7 +251,6 @@ class LinearSteepestDescent(_LinearDescent):
             gradient = ScaledTensor(plain, torch.zeros_like(found.log_proxy))
         if self.momentum:
             gradient = self.momentum_buffer = self.momentum_buffer.blend(gradient, self.momentum)
-        _check_gradient(found)
         return self.norm.direction(gradient.mantissa)
 
     def state_dict(self) -> dict[str, Any]:

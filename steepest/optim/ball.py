@@ -160,7 +160,7 @@ def _size(x: Float[Tensor, "batch m n"], norm: Norm) -> float:
     """The largest norm in a batch; for the spectral norm by a small Gram matrix, and only if it may be above one."""
     base, radius = _unwrapped(norm)
     if not (isinstance(base, Schatten) and math.isinf(base.p)):
-        return float(norm.norm(x.double()).max())
+        return float(norm.norm(x).max())
     frobenius = float(torch.linalg.matrix_norm(x.float()).max())
     if frobenius <= radius or not math.isfinite(frobenius):
         return frobenius / radius

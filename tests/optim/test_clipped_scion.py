@@ -392,6 +392,7 @@ def test_balls_belong_to_the_engine() -> None:
 # ---- presets
 
 
+@pytest.mark.filterwarnings("ignore:.*lie outside the balls")
 def test_presets_of_architectures() -> None:
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(vocab_size=17, context=8, width=8, heads=2, layers=1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest._checks import check_int
 
-Features = Literal["gaussian", "relu", "spiked_relu"]
+Features = Literal["gaussian", "relu", "centered_relu"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class RandomFeatureQuadratic:
         Args:
             outputs: k.
             features: d.
-            kind: ``"gaussian"``: x ~ N(0, I); ``"relu"``: x = max(0, A z) of Gaussian z in d dimensions, A with entries
-                N(0, 1/d), centred; ``"spiked_relu"``: not centred, so that the mean of x is one large direction of S.
+            kind: ``"gaussian"``: x ~ N(0, I); ``"relu"``: x = max(0, A z), z ~ N(0, I) in d dimensions, A with entries
+                N(0, 1/d): the mean of x is one large direction of S; ``"centered_relu"``: the same without its mean.
             samples: n.
             generator: of everything that is drawn.
             dtype: of the tensors.
@@ -71,8 +71,8 @@ class RandomFeatureQuadratic:
         """
         for name, value in (("outputs", outputs), ("features", features), ("samples", samples)):
             check_int(name, value)
-        if kind not in ("gaussian", "relu", "spiked_relu"):
-            raise ValueError(f"kind must be gaussian, relu or spiked_relu, got {kind!r}")
+        if kind not in ("gaussian", "relu", "centered_relu"):
+            raise ValueError(f"kind must be gaussian, relu or centered_relu, got {kind!r}")
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -80,7 +80,7 @@ class RandomFeatureQuadratic:
         x = randn(samples, features)
         if kind != "gaussian":
             x = (x @ randn(features, features) / features**0.5).clamp_min(0)
-        if kind == "relu":
+        if kind == "centered_relu":
             x = x - x.mean(0)
         return cls(randn(outputs, features).to(dtype), x.to(dtype))
 

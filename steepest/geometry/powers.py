@@ -42,7 +42,7 @@ def choose_power_backend(shape: Sequence[int], dtype: torch.dtype, device: torch
     iteration (if c is a fraction it knows, and there is more than one row): with Cholesky factors in float64 on the
     processors that compute float64 fast, else with QR in the input's precision.
     """
-    single = torch.float64 if dtype == torch.float64 else torch.float32
+    single = _single(dtype)
     if device.type != "cuda" or as_root(c) is None or min(shape[-2:]) < 2:
         return PowerBackend("eigh", single)
     if torch.cuda.get_device_capability(device) in _FAST_FLOAT64:
@@ -182,7 +182,8 @@ def power(
     method = chosen.method if backend == "auto" else backend
     unit, scale = unit_entries(x, work)
     if c == 0:
-        result, statistics = unit, _Statistics.of_matrix(unit)
+        total = unit.square().sum((-2, -1))
+        result, statistics = unit, _Statistics(total, torch.full_like(total, unit.shape[1]))
     elif method == "rational":
         root = as_root(c)
         assert root is not None
@@ -191,11 +192,12 @@ def power(
     else:
         parts = decompose(unit, method)
         tolerance = default_rank_tol(x) if rank_tol is None else rank_tol
-        result, statistics = _spectral(parts, c, tolerance, damping)
-    result = result * _scale(statistics, c, normalize, scale)[:, None, None]
-    if min(x.shape[-2:]) == x.shape[-2]:
-        return result.to(x.dtype).reshape(x.shape)
-    return result.mT.to(x.dtype).reshape(x.shape)
+        values, statistics = _spectral(parts.values, c, tolerance, damping)
+        result = parts.rebuild(values * _scale(statistics, c, normalize, scale)[:, None])
+    if c == 0 or method == "rational":
+        result = result * _scale(statistics, c, normalize, scale)[:, None, None]
+    result = result if x.shape[-2] <= x.shape[-1] else result.mT
+    return result.to(x.dtype).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,6 @@ class _Statistics:
     total: Tensor
     count: Tensor
     log_mean: Tensor | None = None
-
-    @staticmethod
-    def of_matrix(x: Float[Tensor, "batch k n"]) -> "_Statistics":
-        total = x.square().sum((-2, -1))
-        return _Statistics(total, torch.full_like(total, x.shape[1]))
 
 
 def _scale(statistics: _Statistics, c: float, normalize: PowerNormalization, scale: Tensor) -> Float[Tensor, " batch"]:
@@ -225,11 +222,13 @@ def _scale(statistics: _Statistics, c: float, normalize: PowerNormalization, sca
     return torch.where(total > 0, total.clamp_min(torch.finfo(total.dtype).tiny) ** ((1 - q) / q), 0.0)
 
 
-def _spectral(parts: "Decomposition", c: float, rank_tol: float, damping: float) -> tuple[Tensor, _Statistics]:
-    values = parts.values
+def _spectral(
+    values: Float[Tensor, "batch k"], c: float, rank_tol: float, damping: float
+) -> tuple[Float[Tensor, "batch k"], _Statistics]:
+    """The new singular values, before the scale."""
     tiny = torch.finfo(values.dtype).tiny
     kept = (values > rank_tol * values.amax(-1, keepdim=True)) & (values > 0)
-    square = values.square()
+    square = values * values
     ridge = damping**2 * square.sum(-1, keepdim=True)
     damped = (square + ridge).clamp_min(tiny)
     gain = torch.where(kept, damped**-c, 0.0)
@@ -241,7 +240,7 @@ def _spectral(parts: "Decomposition", c: float, rank_tol: float, damping: float)
         low = (ridge if damping else torch.ones_like(ridge)).clamp_min(tiny)
         logs = torch.where(kept, (damped / low).log(), 0.0).sum(-1) / 2
         log_mean = logs / count + low[:, 0].log() / 2
-    return parts.rebuild(gain * values), _Statistics(total, count, log_mean)
+    return gain * values, _Statistics(total, count, log_mean)
 
 
 def _rational(
@@ -290,10 +289,10 @@ class Decomposition:
     unit_rows: bool
 
     def rebuild(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k n"]:
-        """U diag(values) V'; values that belong to zero singular values must be zero."""
+        """U diag(values) V', in place; values that belong to zero singular values must be zero."""
         if not self.unit_rows:
             values = values / self.values.clamp_min(torch.finfo(values.dtype).tiny)
-        return torch.bmm(self.left * values[:, None, :], self.rows)
+        return torch.bmm(self.left, self.rows.mul_(values[..., None]))
 
 
 def decompose(x: Float[Tensor, "batch k n"], method: str) -> Decomposition:
@@ -301,7 +300,8 @@ def decompose(x: Float[Tensor, "batch k n"], method: str) -> Decomposition:
     if method == "svd":
         left, values, rows = torch.linalg.svd(x, full_matrices=False)
         return Decomposition(left, values, rows, True)
-    left = torch.linalg.eigh(torch.bmm(x, x.mT)).eigenvectors
+    # The transpose, with its upper half, is what LAPACK takes without a copy.
+    left = torch.linalg.eigh(torch.bmm(x, x.mT).mT, UPLO="U").eigenvectors
     rows = torch.bmm(left.mT, x)
     values = torch.linalg.vector_norm(rows, dim=-1)
     _refine(left, rows, values, max(x.shape[1:]) * torch.finfo(x.dtype).eps * values.amax(-1, keepdim=True))
@@ -390,7 +390,7 @@ def default_rank_tol(x: Tensor) -> float:
 
 
 def _single(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_finite(x: Tensor) -> None:

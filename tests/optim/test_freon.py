@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from steepest.geometry import ChaoticSpectrum, RandomSpectrum, SpectralPower, matrix_power_direction
-from steepest.optim import Freon, Kaon, Muon, SpectralControl, build
+from steepest.optim import Freon, Kaon, Mixed, Muon, SpectralControl, build
 
 SHAPES = [(6, 9), (6, 9), (9, 6), (5, 5)]
 
@@ -174,8 +175,8 @@ def test_directions_are_settings_of_groups() -> None:
         (lambda p: Freon(p, 0.1, 1.0, normalize="schatten"), ValueError, "c = 1"),
         (lambda p: Freon(p, -0.1), ValueError, "lr"),
         (lambda p: Freon(p, 0.1, momentum=1.0), ValueError, "momentum"),
-        (lambda p: SpectralControl(p, 0.1, "shuffled"), ValueError, "kind"),
-        (lambda p: SpectralControl(p, 0.1, generator=3), TypeError, "generator"),
+        (lambda p: SpectralControl(p, 0.1, cast(Any, "shuffled")), ValueError, "kind"),
+        (lambda p: SpectralControl(p, 0.1, generator=cast(Any, 3)), TypeError, "generator"),
         (lambda p: Kaon(p, 0.1, steps=0), ValueError, "steps"),
     ],
 )
@@ -192,4 +193,5 @@ def test_build_knows_them() -> None:
     model(torch.randn(4, 8)).square().mean().backward()
     for optimizer in (freon, kaon):
         optimizer.step()
+        assert isinstance(optimizer, Mixed)
         assert "adamw" in optimizer.parts

@@ -12,8 +12,8 @@ from steepest.optim import Freon, Kaon, Muon
 TITLE = "Powers of matrices: one step"
 DESCRIPTION = (
     "Freon with c = 2/3, momentum and default settings in float32; `svd` takes the singular value decomposition as "
-    "other implementations do, and `auto` is the default. `times svd` is the time of the SVD form over the row's: above "
-    "one, the row is faster. `over Muon` is the row's time over that of Muon with its five Newton-Schulz steps."
+    "other implementations do, and `auto` is the default. `times svd` is the time of the SVD form over the row's: "
+    "above one, the row is faster. `over Muon` is the row's time over that of Muon with its five Newton-Schulz steps."
 )
 SETS: dict[str, Shapes] = {
     "wide: 24 x (128, 512)": [(24, 128, 512)],

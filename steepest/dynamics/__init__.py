@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         normalized_margin,
     )
     from steepest.dynamics.network import NetworkSteepestDescent, spectral_margins, two_layer
+    from steepest.dynamics.random_features import RandomFeatureQuadratic
 
 __all__ = [
     "LinearAdam",
@@ -24,6 +25,7 @@ __all__ = [
     "MaxMargin",
     "NetworkSteepestDescent",
     "NotSeparableError",
+    "RandomFeatureQuadratic",
     "ScaledTensor",
     "is_separable",
     "logit_terms",
@@ -42,6 +44,7 @@ _HOMES = {
     "log_domain": ("LogDomainLoss", "ScaledTensor", "logit_terms"),
     "margins": ("MarginBounds", "NotSeparableError", "margin", "margin_certificate", "normalized_margin"),
     "network": ("NetworkSteepestDescent", "spectral_margins", "two_layer"),
+    "random_features": ("RandomFeatureQuadratic",),
 }
 
 

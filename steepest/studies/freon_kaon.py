@@ -20,6 +20,7 @@ from torch import Tensor
 from steepest.dynamics.alignment import alignment, decrease, descent_potential
 from steepest.dynamics.random_features import RandomFeatureQuadratic
 from steepest.geometry import ChaoticSpectrum, Schatten, matrix_power_direction
+from steepest.geometry.rational import Factorization
 from steepest.studies._base import Claim, Run
 from steepest.studies._freon_kaon_training import EXPONENTS, digits, line_searches
 
@@ -210,17 +211,18 @@ def _rational(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"float64": 0.0, "float32": 0.0, "cholesky in float32": 0.0, "errors": {}}
     u, _, vh = torch.linalg.svd(_randn(48, 96, generator=run.generator(0)), full_matrices=False)
     warned = []
+    variants: tuple[tuple[str, torch.dtype, Factorization], ...] = (
+        ("float64", torch.float64, "qr"),
+        ("float32", torch.float32, "qr"),
+        ("cholesky in float32", torch.float32, "cholesky"),
+    )
     for power in range(1, 6):
         s = torch.logspace(0, -power, 48, dtype=torch.float64)
         x = (u * s) @ vh
         for c in (0.25, 0.375, 0.5, 2 / 3, 0.75, 1.0):
             exact = (u * s ** (1 - 2 * c)) @ vh
             row = {}
-            for name, dtype, kind in (
-                ("float64", torch.float64, "qr"),
-                ("float32", torch.float32, "qr"),
-                ("cholesky in float32", torch.float32, "cholesky"),
-            ):
+            for name, dtype, kind in variants:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     d = matrix_power_direction(x.to(dtype), c, "rational", normalize="none", factorization=kind)

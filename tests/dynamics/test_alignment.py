@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from steepest.dynamics.alignment import alignment, decrease, descent_potential, exact_step
-from steepest.dynamics.random_features import RandomFeatureQuadratic
+from steepest.dynamics.random_features import Features, RandomFeatureQuadratic
 from steepest.geometry import polar
 
 
@@ -13,7 +13,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def problem(kind="gaussian") -> RandomFeatureQuadratic:
+def problem(kind: Features = "gaussian") -> RandomFeatureQuadratic:
     return RandomFeatureQuadratic.draw(5, 8, kind=kind, samples=300, generator=generator())
 
 

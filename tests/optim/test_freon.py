@@ -49,6 +49,7 @@ def test_freon_is_the_loop_of_the_sheet(nesterov: bool, normalize) -> None:
         train(optimizer, parameters, 1, step)
         for p, m, parameter in zip(plain, momenta, parameters, strict=True):
             g = parameter.grad
+            assert g is not None
             m.mul_(0.9).add_(g)
             d = matrix_power_direction(g + 0.9 * m if nesterov else m, 0.75, "svd", normalize=normalize)
             p.mul_(1 - 0.1 * 0.2).sub_(0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * d)

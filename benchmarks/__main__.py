@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, spectral
+from benchmarks import cheap, freon, spectral
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"spectral": spectral, "cheap": cheap}
+SUITES = {"spectral": spectral, "cheap": cheap, "freon": freon}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

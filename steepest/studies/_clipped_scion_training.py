@@ -41,7 +41,12 @@ def _train(
     constrained: bool = False,
     radii: tuple[float, float, float] = (1.0, 1.0, 16.0),
 ) -> dict[str, Any]:
-    """Train the network of study D; clip None is Scion. `weights` is their checksum."""
+    """Train the network of study D; clip None is Scion.
+
+    Returns:
+        Excess training loss (None: not finite), test accuracy, a checksum of the weights, the largest loss of a batch,
+        and the mean gap <d, v> of the first and the last epoch.
+    """
     generator, epochs = run.generator(seed), run.pick(smoke=1, desktop=15)
     train_x, train_y, test_x, test_y = _digits()
     if run.scale == "smoke":
@@ -54,7 +59,7 @@ def _train(
     nn.init.zeros_(weights[-1])
     options: dict[str, Any] = {"momentum": 0.5, "constrained": constrained, "nonfinite": "ignore"}
     optimizer = Scion(groups, lr, **options) if clip is None else ClippedScion(groups, lr, clip, **options)
-    steps, step, gaps = epochs * math.ceil(len(train_x) / 128), 0, []
+    steps, step, gaps, peak = epochs * math.ceil(len(train_x) / 128), 0, [], 0.0
     for _ in range(epochs):
         for batch in torch.randperm(len(train_x), generator=generator).split(128):
             if decay:
@@ -62,6 +67,7 @@ def _train(
                     group["lr"] = lr * (1 - step / steps)
             step += 1
             loss = cross_entropy(model(train_x[batch]), train_y[batch], label_smoothing=0.1)
+            peak = max(peak, number(loss.item()))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -76,12 +82,13 @@ def _train(
         "loss": loss if math.isfinite(loss) else None,
         "accuracy": accuracy,
         "weights": checksum,
+        "peak": min(peak, 1e300),
         "gaps": [fmean(gaps[:each]), fmean(gaps[-each:])] if gaps else [],
     }
 
 
 def number(value: float | None) -> float:
-    return math.inf if value is None else value
+    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _setting(run: Run, seeds: Sequence[int], lr: float, clip: float | None, **options: Any) -> dict[str, Any]:
@@ -123,16 +130,18 @@ def thresholds(run: Run) -> dict[str, Any]:
     middle = {str(clip): _setting(run, seeds, lr, clip)["losses"] for clip in (0.0125, *CLIPS, 3.2, 12.8)}
     tiny = [_train(run, seed, lr, 1e-12) for seed in seeds]
     scion = [_train(run, seed, lr, None) for seed in seeds]
-    huge = 1e6  # as steep as clip 0.2, and never clipped
-    unclipped = _setting(run, seeds, lr / CLIPS[1] * huge, huge)
     means = [fmean(map(number, losses)) for losses in middle.values()]
+    best = float(list(middle)[means.index(min(means))])
+    huge = 1e6  # as steep as the best threshold, and never clipped
+    unclipped = [_train(run, seed, lr / best * huge, huge) for seed in seeds]
     pairs = list(zip(tiny, scion, strict=True))
     return {
         "middle": middle,
         "best middle": min(means),
         "tiny": [end["loss"] for end in tiny],
         "tiny against scion": max(abs(a[key] - b[key]) for a, b in pairs for key in ("loss", "weights")),
-        "steepest descent": unclipped["losses"],
+        "steepest descent": [end["loss"] for end in unclipped],
+        "peak of steepest descent": [end["peak"] for end in unclipped],
         "start": math.log(10) - SMALLEST_LOSS,
     }
 

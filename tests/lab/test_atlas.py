@@ -58,7 +58,8 @@ def test_verdicts_and_staleness_are_counted(results: Path) -> None:
     (results / "muon_polar.json").write_text(json.dumps({**stored, "fingerprint": "0" * 64}))
     assert "Stale: muon_polar." in atlas.summary(atlas.entries(results))
     (results / "muon_polar.json").unlink()
-    assert "Without evidence: muon_polar." in atlas.summary(atlas.entries(results))
+    lacking = atlas.summary(atlas.entries(results)).partition("Without evidence: ")[2]
+    assert "muon_polar" in lacking
     with pytest.raises(UserError, match="not a folder"):
         atlas.entries(results / "nowhere")
 

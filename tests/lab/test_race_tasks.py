@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from steepest.lab.check import check_task
-from steepest.lab.methods import METHODS, get_methods
+from steepest.lab.methods import get_methods
 from steepest.lab.race import RaceError, RaceSettings, load_document, race
+from steepest.lab.settings import DEFAULT_METHODS
 from steepest.lab.tasks import load_task, task_description, task_name
 
 CONV = '''
@@ -79,7 +80,7 @@ def test_a_conv_net_of_the_users_races(tmp_path):
     assert document["task"]["name"] == "stripes <b>"
     assert document["task"]["description"] == "Tell horizontal from vertical stripes."
     assert document["task"]["train_examples_or_tokens_per_step"] == 16
-    assert {m["name"] for m in document["methods"]} == set(METHODS)
+    assert {m["name"] for m in document["methods"]} == set(DEFAULT_METHODS)
     assert {trial["state"] for trial in document["trials"]} == {"complete"}
     assert "conv" in document["trials"][0]["roles"]
     assert "accuracy" in document["trials"][0]["val"]

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, freon, spectral
+from benchmarks import cheap, distributed, freon, spectral
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"spectral": spectral, "cheap": cheap, "freon": freon}
+SUITES = {"spectral": spectral, "cheap": cheap, "freon": freon, "distributed": distributed}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in suite.rows(options.repeats, device):
                 rows.append(row)
                 status.update(f"Timing {name}: {row['matrices']}")
+        if not rows:
+            console.print(f"{name}: nothing to measure on {device.type}")
+            continue
         document = {
             "title": f"{suite.TITLE} ({device.type.upper()})",
             "description": suite.DESCRIPTION,

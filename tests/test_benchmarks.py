@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import cheap, spectral
+from benchmarks import cheap, distributed, spectral
 from benchmarks.timing import interleaved_medians
 
 TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
@@ -17,6 +17,7 @@ TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
 def tiny_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectral, "SETS", TINY)
     monkeypatch.setattr(cheap, "SETS", TINY)
+    monkeypatch.setattr(distributed, "CHOSEN", TINY)
 
 
 def test_tables_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +27,14 @@ def test_tables_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFix
         assert {"title", "description", "environment", "recorded_at", "rows"} <= set(document)
         assert all(row["matrices"] == "tiny" and row["ms a step"] > 0 for row in document["rows"])
     assert "spectral-cpu.json" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_processes_send_each_part_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program.main(["distributed", "--repeats", "1", "--out", str(tmp_path), "--device", "cpu"])
+    rows = json.loads((tmp_path / "distributed-cpu.json").read_text())["rows"]
+    assert [row["sent / floor"] is None for row in rows] == [True, False, False]
+    assert all(row["ms a step"] > 0 for row in rows)
+    assert not list(distributed.rows(1, torch.device("meta")))
 
 
 def test_our_update_is_closer_to_orthogonal_than_torchs() -> None:

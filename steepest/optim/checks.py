@@ -1,12 +1,14 @@
 """The settings of the engine: their types, and what is refused before anything is changed."""
 
 import math
+import re
 from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from steepest.geometry import Direction
 from steepest.optim.step_rules import StepRule
 
 MomentumForm = Literal["ema", "heavy_ball", "lion"]
@@ -77,3 +79,20 @@ def check_number(value: Any, name: str, where: str = "", below: float = math.inf
         raise TypeError(f"{name} {where}must be a number, got {value!r} of type {type(value).__name__}")
     if not 0 <= float(value) < below:
         raise ValueError(f"{name} {where}must be a finite number, at least 0{bound}; got {value!r}")
+
+
+def shape_factor(name: AdjustLr, shape: tuple[int, ...]) -> float:
+    """The factor of `adjust_lr_fn` for a block (out, in, *kernel)."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    if name == "none" or len(shape) < 2 or 0 in shape:
+        return 1.0
+    if name == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(rows / columns)
+
+
+def norm_text(norm: str | Direction) -> str:
+    """The norm as text that is the same in every process: without the addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(norm))

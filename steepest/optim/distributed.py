@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steepest.geometry.norms import euclidean, single
 from steepest.optim.buckets import moved_momenta
 from steepest.optim.exchange import Round, bring, deal, send_back
-from steepest.optim.placement import Placement, alone, copied, is_sharded, length_dims, local, on_mesh
-from steepest.optim.shares import Entry, Job, Share, apply, empty_block, multiply, rate, solve
+from steepest.optim.lengths import summed_directions
+from steepest.optim.placement import Placement, alone, copied, is_sharded, local, on_mesh
+from steepest.optim.shares import Entry, Job, Share, apply, multiply, rate, solve
 
 if TYPE_CHECKING:
     from steepest.optim.engine import SteepestDescent
@@ -138,7 +138,7 @@ class Distribution:
             check = zlib.crc32(bytes(present))
             found = torch.tensor([_NONE_BAD if bad is None else bad, check, -check], device=device)
             dist.all_reduce(found, dist.ReduceOp.MIN, group)
-            self._count(found, 1)
+            self._count(found)
             worst, low, high = found.tolist()
             bad = None if worst == _NONE_BAD else worst
             if low != -high:
@@ -208,7 +208,8 @@ class Distribution:
             self.matrices += solve(jobs, foreach, rule)
             yield jobs, None
         if places["summed"]:
-            yield self._summed([entries[number] for number in places["summed"]], optimizer), None
+            members = [entries[number] for number in places["summed"]]
+            yield summed_directions(members, _moved(members), rule, self._count), None
         for index, round_ in enumerate(rounds):
             assert started is not None
             following = self._bring(entries, rounds[index + 1], optimizer) if index + 1 < len(rounds) else None
@@ -267,61 +268,6 @@ class Distribution:
         self.bytes_sent += transfer.bytes_sent
         return lambda: apply(collect(), settled)
 
-    def _summed(self, entries: list[Entry], optimizer: "SteepestDescent") -> list[Job]:
-        """Directions of rows, columns or whole matrices over their l2 lengths, summed over the ranks that hold them."""
-        found: dict[Any, list[tuple[Entry, Tensor, Tensor | None, Tensor]]] = {}
-        for entry, matrix in zip(entries, _moved(entries), strict=True):
-            share = entry.share
-            dims, _ = length_dims(share.norms[0][0])
-            if matrix.numel():
-                block = single(share.layout.blocks(matrix)[0])
-                lengths = euclidean(block, dims, keepdim=True)
-            else:
-                block, shape = None, list(empty_block(share.layout, share.placement.own))
-                for dim in dims:
-                    shape[dim] = 1
-                wide = torch.promote_types(matrix.dtype, torch.float32)
-                lengths = torch.zeros(shape, dtype=wide, device=matrix.device)
-            groups = tuple(group for dim, group in share.placement.cuts if dim in (share.sums or ()))
-            found.setdefault((groups, lengths.dtype, share.placement.device), []).append(
-                (entry, matrix, block, lengths)
-            )
-        jobs = []
-        for (groups, dtype, device), members in found.items():
-            counts = [lengths.numel() for *_, lengths in members]
-            total = self._total(torch.cat([lengths.flatten() for *_, lengths in members]).to(device), groups, dtype)
-            for (entry, matrix, block, lengths), own in zip(members, total.split(counts), strict=True):
-                job = Job(entry, entry.share.placement.own, matrix, update=torch.empty_like(matrix).contiguous())
-                jobs.append(job)
-                if block is None:
-                    continue
-                norm, factor = entry.share.norms[0]
-                divisor = own.to(block.device).reshape(lengths.shape).clamp_min(torch.finfo(block.dtype).tiny)
-                direction = (block / divisor).to(matrix.dtype).mul_(length_dims(norm)[1])
-                assert job.update is not None
-                entry.share.layout.blocks(job.update)[0].copy_(direction)
-                if optimizer.step_rule.needs_duals:
-                    pairing = (block * single(direction)).sum((-2, -1))
-                    pairing = pairing * factor if optimizer.step_rule.scaled else pairing
-                    first, _ = next(entry.share.elements(job.region))
-                    job.values.append((entry.first + first, pairing, torch.ones_like(pairing)))
-        return jobs
-
-    def _total(self, lengths: Tensor, groups: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        """Lengths of the whole from lengths of the parts, without underflow or overflow of the squares."""
-        wide, scale = lengths.double(), None
-        if dtype == torch.float64:
-            scale = wide.clone()
-            for group in groups:
-                dist.all_reduce(scale, dist.ReduceOp.MAX, group)
-                self._count(scale, 1)
-            wide = wide / scale.clamp_min(torch.finfo(torch.float64).tiny)
-        squares = wide.square()
-        for group in groups:
-            dist.all_reduce(squares, dist.ReduceOp.SUM, group)
-            self._count(squares, 1)
-        return (squares.sqrt() if scale is None else squares.sqrt() * scale).to(dtype)
-
     def _lengthen(self, entries: list[Entry], jobs: list[Job], optimizer: "SteepestDescent") -> None:
         """Give every direction its length by the step rule, which is told the dual norms of all matrices."""
         count = entries[-1].first + sum(entries[-1].share.counts)
@@ -342,7 +288,7 @@ class Distribution:
         for group, values in known.items():
             if group is not None:
                 dist.all_reduce(values, dist.ReduceOp.SUM, group)
-                self._count(values, 1)
+                self._count(values)
         duals, sizes = sum(values.to(device) for values in known.values()).unbind()  # pyright: ignore[reportAttributeAccessIssue]
         for entry in entries:
             if not entry.settings["constrained"]:  # parts of one matrix have each said 1
@@ -361,8 +307,8 @@ class Distribution:
                 factors.append(scale * lengths[start : start + number])
             multiply(job, factors)
 
-    def _count(self, sent: Tensor, times: int) -> None:
-        self.bytes_sent += times * sent.numel() * sent.element_size()
+    def _count(self, sent: Tensor) -> None:
+        self.bytes_sent += sent.numel() * sent.element_size()
 
 
 def first_bad(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor], bad: int | None) -> int | None:

@@ -1,7 +1,5 @@
 """The engine of every norm-based optimizer: momentum, a direction by a norm's oracle, a step; equal shapes at once."""
 
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +17,8 @@ from steepest.optim.checks import (
     check_group,
     check_parameter,
     first_nonfinite,
+    norm_text,
+    shape_factor,
 )
 from steepest.optim.distributed import Distribution
 from steepest.optim.layout import Layout, LayoutName, memory_order
@@ -194,7 +194,7 @@ class SteepestDescent(Optimizer):
                 raise ValueError(f"constrained=True needs a norm, whose ball it keeps to; {norm} is another direction")
             if getattr(_base(norm), "event_ndim", 2) > 2:
                 raise ValueError(f"norm {_base(norm)} spans several matrices; event_ndim must be 1 or 2 here")
-            yield norm, _shape_factor(group["adjust_lr_fn"], shape)
+            yield norm, shape_factor(group["adjust_lr_fn"], shape)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -354,7 +354,7 @@ class SteepestDescent(Optimizer):
         """Plain data and tensors only (norms as text), so that `torch.load(..., weights_only=True)` reads it."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group["norm"] = _text(group["norm"])
+            group["norm"] = norm_text(group["norm"])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -378,7 +378,7 @@ class SteepestDescent(Optimizer):
         if "defaults" not in state:  # from load_state_dict, after its hooks, before anything is changed
             for index, (group, own) in enumerate(zip(state["param_groups"], self.param_groups, strict=True)):
                 group.update(self._translated(group))
-                if str(group.get("norm")) != _text(own["norm"]):
+                if str(group.get("norm")) != norm_text(own["norm"]):
                     raise ValueError(
                         f"state_dict was made with norm {group.get('norm')} in group {index}, here it is {own['norm']}"
                     )
@@ -394,23 +394,7 @@ class SteepestDescent(Optimizer):
         super().__setstate__(state)
 
 
-def _text(norm: str | Direction) -> str:
-    """The norm as text that is the same in every process: without the addresses of functions."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(norm))
-
-
 def _base(norm: Direction) -> Direction:
     while isinstance(norm, Scaled):
         norm = norm.base
     return norm
-
-
-def _shape_factor(name: AdjustLr, shape: tuple[int, ...]) -> float:
-    rows, columns = shape[0], math.prod(shape[1:])
-    if name == "none" or len(shape) < 2 or 0 in shape:
-        return 1.0
-    if name == "original":
-        return math.sqrt(max(1.0, rows / columns))
-    if name == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(rows / columns)

@@ -45,7 +45,9 @@ class Share:
         self.shape, self.layout, self.norms, self.placement = shape, layout, norms, placement
         self.coupled = norms[0][0].spans_batch
         self.costly = any(norm.costly for norm, _ in norms)
-        self.batched = layout.kind == "batch" and not self.coupled
+        # A random rule draws for all matrices of a parameter at once, and not the same for some of them.
+        drawn = any(hasattr(norm, "stream") for norm, _ in norms)
+        self.batched = layout.kind == "batch" and not self.coupled and not drawn
         sizes = block_shapes(layout, shape)
         self.counts = [1 if self.coupled else size[0] for size in sizes]
         self.cost = float(sum(size[0] * min(size[1:]) ** 2 * max(size[1:]) for size in sizes))

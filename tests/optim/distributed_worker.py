@@ -18,17 +18,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from steepest.geometry import Spectral
+from steepest.geometry import Hybrid, OneSided, RowNorm, Spectral
 from steepest.models import GPT, GPTConfig
 from steepest.optim import (
     ClippedScion,
+    Freon,
     Joint,
+    Kaon,
     Mixed,
     Muon,
     NormalizedDescent,
     Scion,
+    ScionLight,
     Sharp,
     SignDescent,
+    SpectralControl,
     SteepestDescent,
     ball_ratios,
     build,
@@ -96,6 +100,16 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], SteepestDescent], bool]] = {
     "scion, sign": (lambda p: Scion(p, 0.05, norm="sign"), False),
     "scion, row": (lambda p: Scion(p, 0.05, norm="row"), False),
     "scion, column": (lambda p: Scion(p, 0.05, norm="column"), False),
+    "scion light": (lambda p: ScionLight(p, 0.05), False),
+    "freon": (lambda p: Freon(p, 0.05, backend="svd"), False),
+    "kaon": (lambda p: Kaon(p, 0.05), False),
+    "random spectra": (lambda p: SpectralControl(p, 0.05, generator=torch.Generator().manual_seed(1)), False),
+    "one side": (lambda p: SteepestDescent(p, 0.05, norm=OneSided(method="eigh"), momentum=0.9), False),
+    "hybrid of experts": (
+        lambda p: SteepestDescent(p, 0.05, norm=Hybrid(per_matrix_scale=False, method="eigh"), momentum=0.9),
+        False,
+    ),
+    "row rule, sharp": (lambda p: SteepestDescent(p, 0.05, norm=RowNorm(), step_rule=Sharp()), False),
     "lion": (lambda p: SignDescent(p, 0.01, weight_decay=0.1), True),
     "signum": (lambda p: SignDescent(p, 0.01, interpolation=None), True),
     "normalized": (lambda p: NormalizedDescent(p, 0.05), True),
@@ -178,7 +192,7 @@ def trajectories(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for mesh in meshes(world):
         place = place_on(world, mesh)
         for name, (make, vectors) in OPTIMIZERS.items():
-            if mesh not in ("rows", "copies of rows") and name not in ON_EVERY_MESH:
+            if mesh != "rows" and name not in ON_EVERY_MESH:
                 continue
             optimizer, parameters = train(make, vectors, place)
             local = [parameter.to_local().clone() for parameter in parameters.values()]  # type: ignore[attr-defined]
@@ -192,6 +206,8 @@ def trajectories(rank: int, world: int, folder: Path) -> dict[str, Any]:
                 ),
             }
     for name, (make, vectors) in OPTIMIZERS.items():
+        if world > 2 and name not in ON_EVERY_MESH:
+            continue
         optimizer, parameters = train(lambda p, make=make: distribute(make(p)), vectors, lambda t: t.clone())
         found[f"dealt out: {name}"] = {"weights": full(parameters), "matrices": optimizer.distribution.matrices}
     return found

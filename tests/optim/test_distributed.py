@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,20 @@ def test_checkpoints_resume_on_other_numbers_of_ranks(results: Results, folder: 
     set_optimizer_state_dict(resumed, second, state["optimizer"], options=options)
     worker.fit(resumed, second, 0, 1, range(4, 6))
     assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))
+
+
+def test_the_script_of_the_guide_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs/guides/distributed.md").read_text()
+    script = re.search(r"^```py\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert script is not None
+    (tmp_path / "train.py").write_text(script[1])
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    for count in (2, 1):
+        command = [*torchrun, f"--nproc-per-node={count}", "train.py"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"on {count} processes" in done.stdout
 
 
 def test_one_process_shares_nothing() -> None:

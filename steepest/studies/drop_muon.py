@@ -110,7 +110,7 @@ CLAIMS = (
     ),
     Claim(
         id="C5",
-        statement="The gain is there at the best learning rate only: at others it vanishes or reverses.",
+        statement="The gain depends on the learning rate: far from the best one it vanishes or reverses.",
         reported="no number",
         criterion="at rates 0.05 and 0.2 FLOPs of full updates over FLOPs of uniform suffixes at most 1",
         judge=lambda m: [m["ratio"].get(rate, math.inf) <= 1 for rate in ("0.05", "0.2")],

@@ -121,7 +121,7 @@ def text(
         ValueError: an argument is out of range.
         UserError: `path` does not exist, or its text is empty, binary or not UTF-8 (a ValueError, too).
 
-    Example:
+    Examples:
         >>> corpus = text(max_bytes=500_000)
         >>> x, y = next(corpus.batches("train", 8, 64, torch.Generator().manual_seed(0)))
     """

@@ -73,7 +73,7 @@ def max_margin(
         Boyd and Vandenberghe 2004, Convex Optimization, section 11.7 (primal-dual methods); Helmberg, Rendl, Vanderbei
         and Wolkowicz 1996 (the direction for the spectral norm).
 
-    Example:
+    Examples:
         >>> found = max_margin(torch.eye(3, dtype=torch.float64), torch.arange(3), "euclidean")
         >>> round(float(found.margin), 6), round(float(found.upper), 6)
         (0.707107, 0.707107)

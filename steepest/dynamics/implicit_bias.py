@@ -205,7 +205,7 @@ class LinearSteepestDescent(_LinearDescent):
         Fan, Schmidt and Thrampoulidis 2025, arXiv 2502.04664, equations (NSD) and (NMD). The log-domain form, with
         the scale of the momentum renormalised at every step, is ours.
 
-    Example:
+    Examples:
         >>> from steepest.loop import run
         >>> features = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         >>> labels = torch.arange(20) % 2
@@ -272,7 +272,15 @@ class LinearAdam(_LinearDescent):
     stay. M is kept with one scale per matrix, and V as its logarithm, entry by entry.
 
     Args:
-        features, labels, lr, lr_power, loss, weight, classes, not_separable, check_after: see `LinearSteepestDescent`.
+        features: see `LinearSteepestDescent`.
+        labels: see `LinearSteepestDescent`.
+        lr: see `LinearSteepestDescent`.
+        lr_power: see `LinearSteepestDescent`.
+        loss: see `LinearSteepestDescent`.
+        weight: see `LinearSteepestDescent`.
+        classes: see `LinearSteepestDescent`.
+        not_separable: see `LinearSteepestDescent`.
+        check_after: see `LinearSteepestDescent`.
         betas: (b1, b2), the weights of the past of M and V. The limit is reached soon only with a small b2: with 0.999
             V remembers gradients that were larger by orders of magnitude.
         norm: of the normalised margin and its bounds; the update does not depend on it.

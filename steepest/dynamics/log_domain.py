@@ -161,7 +161,7 @@ class LogDomainLoss:
         Fan, Schmidt and Thrampoulidis 2025, arXiv 2502.04664, section 2 and appendix (other losses); the log-domain
         form is ours.
 
-    Example:
+    Examples:
         >>> features, labels = torch.eye(2, dtype=torch.float64), torch.tensor([0, 1])
         >>> found = LogDomainLoss(features, labels).evaluate(1000 * torch.eye(2, dtype=torch.float64))
         >>> float(found.margin), round(float(found.log_loss), 6)

@@ -61,7 +61,9 @@ def normalized_margin(
     r"""$\mathrm{raw}(W) / N(W)$, at most $\gamma_N$ on separable data; zero for $W = 0$.
 
     Args:
-        weight, features, labels: see `margin`.
+        weight: see `margin`.
+        features: see `margin`.
+        labels: see `margin`.
         norm: N, a `Norm` or one of the names of `steepest.geometry.NORMS`.
     """
     return _over(margin(weight, features, labels), exact_norm(norm).norm(weight))
@@ -127,7 +129,9 @@ def margin_certificate(
     duality.
 
     Args:
-        weight, features, labels: see `margin`; the weight comes from anywhere.
+        weight: see `margin`; it comes from anywhere.
+        features: see `margin`.
+        labels: see `margin`.
         norm: N.
         loss: whose gradient gives the upper bound.
         scales: the upper bound is the least over `scale * weight`.
@@ -138,7 +142,7 @@ def margin_certificate(
     Source:
         Fan, Schmidt and Thrampoulidis 2025, arXiv 2502.04664, Lemma 1 (as a bound of the margin: ours).
 
-    Example:
+    Examples:
         >>> features, labels = torch.eye(3, dtype=torch.float64), torch.arange(3)
         >>> bounds = margin_certificate(torch.eye(3, dtype=torch.float64) - 1 / 3, features, labels, "euclidean")
         >>> round(float(bounds.lower), 6), round(float(bounds.upper), 6)

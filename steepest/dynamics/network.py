@@ -65,7 +65,7 @@ class NetworkSteepestDescent:
     Source:
         Fan, Schmidt and Thrampoulidis 2025, arXiv 2502.04664, experiments with a two-layer network.
 
-    Example:
+    Examples:
         >>> generator = torch.Generator().manual_seed(0)
         >>> sizes = [(8, 5), (3, 8)]
         >>> weights = [torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes]

@@ -29,7 +29,7 @@ class RandomFeatureQuadratic:
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181, section 3.2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> problem = RandomFeatureQuadratic.draw(32, 64, generator=torch.Generator().manual_seed(0))
         >>> problem.loss(problem.target)

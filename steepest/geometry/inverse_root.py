@@ -53,7 +53,7 @@ def inverse_sqrt(
         Higham 2008, Functions of Matrices, section 6.7 (the coupled iteration); Amsel et al. 2025, arXiv 2505.16932;
         Lau and Su 2026, arXiv 2605.18106 (both as used for one-sided spectral steps).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.geometry import inverse_sqrt
         >>> root = inverse_sqrt(torch.diag(torch.tensor([4.0, 0.0])))

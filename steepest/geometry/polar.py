@@ -72,7 +72,7 @@ def polar(
         Jordan et al. 2024 (Muon); Amsel, Persson, Musco and Gower 2025, arXiv 2505.16932 (Polar Express); Zhang et al.
         2026 (the Gram form); Higham 2008, Functions of Matrices, chapter 8.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.geometry import polar
         >>> q = polar(torch.randn(4, 8, dtype=torch.float64), "svd")

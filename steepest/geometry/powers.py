@@ -109,7 +109,7 @@ def matrix_power_direction(
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181 (Freon).
 
-    Example:
+    Examples:
         >>> import torch
         >>> g = torch.tensor([[3.0, 0, 0], [0, 4.0, 0]], dtype=torch.float64)
         >>> matrix_power_direction(g, c=1.0, normalize="none")

@@ -31,7 +31,7 @@ class Product:
     Source:
         Pethick et al. 2025, arXiv 2502.07529, section 3 (2506.01913 prints the dual norm with $1 / r_l$; it is $r_l$).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.geometry import Max, Product, Spectral
         >>> norm = Product((Spectral(), Max()), radii=(2.0, 0.5))

@@ -46,7 +46,7 @@ def rational_schedule(b: int, smallest: float = 1e-12, tolerance: float = 1e-9) 
         Nakatsukasa, Bai and Gygi 2010, Optimizing Halley's iteration for computing the matrix polar decomposition
         (b = 2); derived here for b > 2.
 
-    Example:
+    Examples:
         >>> [round(value, 6) for value in rational_schedule(4)[3]]
         [1.671721, 1.015233, 1.686955]
 

@@ -61,7 +61,7 @@ def check_equivariance(
     Source:
         Lau and Su 2026, arXiv 2605.18106 (the symmetry-compatible principle).
 
-    Example:
+    Examples:
         >>> from steepest.geometry import MaxRow, Symmetry, check_equivariance
         >>> check_equivariance(MaxRow(), Symmetry("permutation", "orthogonal")) < 1e-12
         True

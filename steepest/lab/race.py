@@ -40,7 +40,7 @@ def race(settings: RaceSettings, console: Any = None) -> dict[str, Any]:
         RaceError: the settings, the task or the storage are wrong, or the workers cannot start.
         RaceInterruptedError: Ctrl-C or SIGTERM; all is saved.
 
-    Example:
+    Examples:
         >>> document = race(RaceSettings(task="digits", methods=("adamw", "sgd"), steps=20))  # doctest: +SKIP
         >>> document["winner"]  # doctest: +SKIP
     """

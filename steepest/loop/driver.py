@@ -84,7 +84,7 @@ def run(
         TypeError, ValueError: a wrong argument, or a checkpoint that cannot be used; nothing has been changed then.
         KeyboardInterrupt: Ctrl-C, after the checkpoint is written.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

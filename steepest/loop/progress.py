@@ -144,7 +144,7 @@ def format_metrics(metrics: Mapping[str, float], most: int = 4) -> list[str]:
 def duration(seconds: float) -> str:
     """A time span in the unit that reads best.
 
-    Example:
+    Examples:
         >>> duration(75)
         '1 min 15 s'
     """

@@ -239,7 +239,7 @@ def ggnc(
         Pethick, Xie, Erdogan, Antonakopoulos, Silveti-Falls and Cevher 2025, arXiv 2506.01913, algorithms 1 and 2. The
         bound's first term has $\Delta$, which the paper leaves out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import steepest
         >>> from steepest.geometry import Max

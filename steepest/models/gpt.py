@@ -182,7 +182,7 @@ class GPT(nn.Module):
         balancer: Makes the load balancer of one layer from the number of experts, for example
             `lambda experts: PhiBalancer(experts, potential="euclidean")`; the one that `config.balance` names if None.
 
-    Example:
+    Examples:
         >>> model = GPT(GPTConfig(vocab_size=256, context=64), generator=torch.Generator().manual_seed(0))
         >>> tokens = torch.randint(256, (2, 65))
         >>> loss = model(tokens[:, :-1], tokens[:, 1:])

@@ -42,7 +42,7 @@ class MLP(nn.Module):
     Raises:
         ValueError: fewer than two sizes, a size below 1, or an unknown activation.
 
-    Example:
+    Examples:
         >>> MLP([64, 32, 10], activation="gelu")(torch.zeros(5, 64)).shape
         torch.Size([5, 10])
     """

@@ -48,7 +48,7 @@ class ResNet(nn.Module):
     Raises:
         ValueError: an argument is out of range; the message names it.
 
-    Example:
+    Examples:
         >>> ResNet((1, 1), width=8)(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """

@@ -66,7 +66,7 @@ class PhiBalancer(StatefulBalancer):
         ValueError: an argument is out of range; the message names it.
         TypeError: `potential` is of another type.
 
-    Example:
+    Examples:
         >>> balancer = PhiBalancer(4, coefficient=1.0)
         >>> probabilities = torch.randn(32, 4).softmax(-1).requires_grad_()
         >>> balancer(probabilities).backward()

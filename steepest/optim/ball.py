@@ -77,7 +77,7 @@ def init_on_ball_(target: Optimizer | Iterable[Any], generator: torch.Generator 
     Raises:
         ValueError: `target` has no parameter of the engine, or a direction that is no norm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Scion, init_on_ball_
         >>> layer = torch.nn.Linear(8, 4, bias=False)

@@ -88,7 +88,7 @@ def build(
         ValueError: unknown method or option, bad learning rate, nothing to train, `roles` of another model, or
             ambiguous parameters under on_ambiguous="raise".
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> optimizer = build(model, "muon", lr=2e-3)

@@ -55,7 +55,7 @@ class ClippedScion(Scion):
     Source:
         Pethick, Xie, Erdogan, Antonakopoulos, Silveti-Falls and Cevher 2025, arXiv 2506.01913, algorithms 3 and 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import ClippedScion
         >>> layer = torch.nn.Linear(8, 4)

@@ -46,7 +46,7 @@ def distribute(optimizer: AnyOptimizer, group: Any = "auto") -> AnyOptimizer:
         TypeError: it is no optimizer of this library, or `group` is not a process group.
         ValueError: this process is not in the group.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Muon, distribute
         >>> layer = torch.nn.Linear(16, 8, bias=False)

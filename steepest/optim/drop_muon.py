@@ -62,7 +62,7 @@ class RandomLayers(Mixed):
     Source:
         Gruntkowska, Maziane, Qu and Richtarik 2025, arXiv 2510.02239.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -247,7 +247,7 @@ class DropMuon(RandomLayers):
     Source:
         Gruntkowska, Maziane, Qu and Richtarik 2025, arXiv 2510.02239, algorithm 1 with randomised progressive training.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))

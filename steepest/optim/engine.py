@@ -71,7 +71,7 @@ class SteepestDescent(Optimizer):
         TypeError: complex or sparse parameters or gradients, or an integer parameter.
         FloatingPointError: a non-finite gradient under ``nonfinite="raise"``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import SteepestDescent
         >>> layer = torch.nn.Linear(8, 4, bias=False)

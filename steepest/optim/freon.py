@@ -61,7 +61,7 @@ class Freon(SteepestDescent):
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Freon
         >>> layer = torch.nn.Linear(16, 8, bias=False)

@@ -46,7 +46,7 @@ class Kaon(SteepestDescent):
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Kaon
         >>> layer = torch.nn.Linear(16, 8, bias=False)
@@ -118,7 +118,7 @@ class SpectralControl(SteepestDescent):
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import SpectralControl
         >>> layer = torch.nn.Linear(16, 8, bias=False)

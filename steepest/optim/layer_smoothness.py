@@ -44,7 +44,7 @@ def layer_smoothness(
         ValueError: `length` or `samples` is not positive, or there is no layer.
         TypeError: `norm` is not a norm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Optimal, find_layers, layer_smoothness
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).eval()

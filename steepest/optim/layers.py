@@ -49,7 +49,7 @@ def find_layers(
         ValueError: nothing is trainable; a given list leaves out or repeats a parameter, or names nothing.
         TypeError: an entry of the list is no module, parameter or pattern.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
         >>> print(*((layer.name, len(layer.parameters)) for layer in find_layers(model)))

@@ -33,7 +33,7 @@ class Mixed(Optimizer):
         ValueError: there is no part, a parameter is in two parts, or a part needs the closure.
         FloatingPointError: at a step, a non-finite gradient under nonfinite="raise".
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
         >>> optimizer = Mixed({

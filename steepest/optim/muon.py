@@ -56,7 +56,7 @@ class Muon(SteepestDescent):
         Jordan, Jin, Boza, You, Cesista, Newhouse and Bernstein 2024, Muon; Liu et al. 2025, arXiv 2502.16982
         (``match_rms_adamw``); Amsel et al. 2025, arXiv 2505.16932 (the default coefficients).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Muon
         >>> layer = torch.nn.Linear(16, 8, bias=False)

@@ -31,7 +31,7 @@ class NormalizedDescent(SteepestDescent):
     Source:
         Cutkosky and Mehta 2020, arXiv 2002.03305 (normalised SGD with momentum).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import NormalizedDescent
         >>> layer = torch.nn.Linear(16, 8)

@@ -65,7 +65,7 @@ class Scion(SteepestDescent):
     Source:
         Pethick, Xie, Antonakopoulos, Zhu, Silveti-Falls and Cevher 2025, arXiv 2502.07529.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import Scion
         >>> hidden, head = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)

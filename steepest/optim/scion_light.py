@@ -41,7 +41,7 @@ class ScionLight(Scion):
     Source:
         Pethick et al. 2025, arXiv 2502.07529, and the authors' code.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import ScionLight
         >>> layer = torch.nn.Linear(8, 4)

@@ -121,7 +121,7 @@ def scion_param_groups(
     Source:
         Pethick et al. 2025, arXiv 2502.07529 and 2506.01913, and the authors' code.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from steepest.optim import ClippedScion, scion_param_groups
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))

@@ -30,7 +30,7 @@ class SignDescent(SteepestDescent):
     Source:
         Chen et al. 2023, arXiv 2302.06675 (Lion); Bernstein et al. 2018, arXiv 1802.04434 (signSGD, Signum).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.optim import SignDescent
         >>> layer = torch.nn.Linear(16, 8)

@@ -89,7 +89,7 @@ class SymmetryStack(Mixed):
     Source:
         Lau and Su 2026, arXiv 2605.18106 (rules, routing, rates and their repository's training scripts).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from steepest.models import GPT, GPTConfig
         >>> from steepest.optim import SymmetryStack, symmetry_groups

@@ -28,7 +28,7 @@ def write_report(document: Mapping[str, Any], path: str | Path) -> Path:
         ValueError: `document` has another format, or `methods` or `trials` is not a list of objects.
         OSError: `path` cannot be written; it is then unchanged.
 
-    Example:
+    Examples:
         >>> import json
         >>> document = json.loads(Path("runs/text/race.json").read_text())  # doctest: +SKIP
         >>> write_report(document, "runs/text/report.html")  # doctest: +SKIP

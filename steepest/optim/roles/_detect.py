@@ -49,7 +49,7 @@ def roles(
         ValueError: a lazy parameter has no shape yet; a pattern matches nothing; a role is unknown; an override's
             split does not add up; the model does not run on the example.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> found = roles(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)))
         >>> [str(found[name].role) for name in ("0.weight", "2.weight", "4.weight", "4.bias")]

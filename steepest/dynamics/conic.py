@@ -27,6 +27,9 @@ _BACKOFF = 0.95
 class MaxMargin:
     r"""The largest margin and the classifier that has it.
 
+    Several classifiers may share the margin: in the largest entry some entries are free, in the spectral norm the sums
+    of the columns are. `weight` is one of them, in the spectral and Frobenius norm one with column sums of zero.
+
     Attributes:
         margin: (*batch,), $\gamma_N$: what `weight` attains; zero if the data are not separable.
         weight: (*batch, k, d), $V_N$, of norm one; zero if the data are not separable.
@@ -140,6 +143,9 @@ def _judge(
 ) -> tuple[Tensor, float, float]:
     """The better of `best` and what this classifier and these weights of the constraints show."""
     known, lower, upper = best
+    if isinstance(norm, Schatten):
+        # Margins do not see a row that is added to all rows, and without it no singular value is larger.
+        weight = weight - weight.mean(0)
     dual = dual.clamp_min(0) / dual.clamp_min(0).sum()
     upper = min(upper, float(norm.dual(_pull(dual, own).mT @ x)))
     length, raw = float(norm.norm(weight)), float(_gaps(weight, x, own).min())

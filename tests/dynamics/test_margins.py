@@ -138,6 +138,15 @@ def test_the_largest_margins_of_gaussian_clusters(seed: int) -> None:
         assert float(best.margin) <= float(best.upper) <= float(best.margin) * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("norm", ["euclidean", "spectral"])
+def test_of_all_best_classifiers_the_centred_one_is_returned(norm: str) -> None:
+    features, labels = clusters([0])
+    found = max_margin(features[0], labels, norm).weight
+    assert float(found.sum(0).abs().max()) < 1e-6
+    shifted = found + 0.01 * torch.ones(10, 1, dtype=torch.float64)
+    assert float(margin(shifted, features[0], labels)) == pytest.approx(float(margin(found, features[0], labels)))
+
+
 def test_largest_margins_in_closed_form() -> None:
     features, labels = torch.eye(4, dtype=torch.float64), torch.arange(4)
     # The best classifier is the centred identity, or 2 I - 1 where only entries count.

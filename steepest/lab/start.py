@@ -87,7 +87,7 @@ def check_methods(
         RaceError: a method cannot be built for the task's model, or fails at its first steps.
     """
     costs = {}
-    count = 4 if settings.steps is None else 1
+    count = 8 if settings.steps is None else 1
     for method in methods:
         low, high = settings.lr_ranges.get(method.name, method.lr_range)
         key = TrialKey(method.name, (low * high) ** 0.5 / 10, 0, TUNE)
@@ -167,17 +167,22 @@ def _attributes(
     steps = settings.steps if settings.steps or minutes else budget.steps
     if steps is None:
         assert minutes is not None
-        steps = steps_for(plan_settings(attributes), minutes * 60, costs)
+        # A default must give a race worth reading on a slow or busy machine, too, and then takes longer.
+        fewest = None if settings.minutes else budget.fewest
+        steps = steps_for(plan_settings(attributes), minutes * 60, costs, fewest)
     return {**attributes, "steps": steps, "budget_seconds": None if minutes is None else minutes * 60}
 
 
-def steps_for(plan: PlanSettings, seconds: float, costs: dict[str, tuple[float, float]]) -> int:
+def steps_for(
+    plan: PlanSettings, seconds: float, costs: dict[str, tuple[float, float]], fewest: int | None = None
+) -> int:
     """The number of steps with which the whole race takes about `seconds`.
 
     Args:
         plan: The plan.
         seconds: The budget.
         costs: Method -> (seconds of a step, seconds of a validation).
+        fewest: Take at least this many, whatever the budget; None: refuse a budget that is too short.
 
     Raises:
         RaceError: the budget is too short for any useful race.
@@ -189,6 +194,8 @@ def steps_for(plan: PlanSettings, seconds: float, costs: dict[str, tuple[float, 
     per_step = plan.lr_trials * sum(step for step, _ in costs.values()) + final * dearest
     fixed = trials * (TRIAL_OVERHEAD + (RUNGS + 1) * max(validation for _, validation in costs.values()))
     steps = int((seconds * SAFETY - fixed) / per_step)
+    if fewest is not None:
+        return max(steps, fewest)
     if steps < FEWEST_STEPS:
         least = (FEWEST_STEPS * per_step + fixed) / SAFETY / 60
         raise RaceError(

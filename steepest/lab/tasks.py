@@ -36,10 +36,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """A task's default length: steps of each trial, or minutes for the whole race."""
+    """A task's default length: steps of each trial, or minutes for the whole race with at least `fewest` steps each."""
 
     steps: int | None = None
     minutes: float | None = None
+    fewest: int = 60
 
 
 USER_BUDGET = Budget(minutes=10)

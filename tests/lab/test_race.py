@@ -257,6 +257,8 @@ def test_the_budget_covers_all_trials(waves):
     assert 0.7 * 600 < spent < 600
     with pytest.raises(RaceError, match=r"too short: .* minutes"):
         steps_for(plan, 10, costs)
+    assert steps_for(plan, 10, costs, fewest=60) == 60
+    assert steps_for(plan, 600, costs, fewest=60) == steps
 
 
 def test_settings_travel_to_workers(waves):

@@ -22,6 +22,10 @@ class Direction(ABC):
     def direction(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         r"""$T(g)$, in the dtype of `g`; zero at zero. Always a new tensor, which the caller may overwrite."""
 
+    def direction_(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        r"""$T(g)$, which may lie in the memory of `g`."""
+        return self.direction(g)
+
     def direction_and_dual(self, g: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
         r"""($T(g)$, $\langle g, T(g) \rangle$): the pairing, one number per element of the space, is for step rules."""
         direction = self.direction(g)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from steepest.geometry.directions import Direction
 
-_CACHED = 1 << 16
-
 
 @dataclass(frozen=True)
 class Norm(Direction):
@@ -87,7 +85,10 @@ def euclidean(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor
     plain = _sum_of_squares_down(x, keepdim).sqrt_() if down else torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # reading the values costs nothing here
         low, high = _safe_range(x.dtype)
-        if plain.numel() == 0 or (bool(plain.min() > low) and bool(plain.max() < high)):
+        if plain.numel() == 0:
+            return plain
+        least, most = torch.aminmax(plain)
+        if low < least.item() and most.item() < high:
             return plain
     scale = largest_entry(x, dims, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     scaled = torch.linalg.vector_norm(x / scale, dim=dims, keepdim=True) * scale
@@ -95,13 +96,8 @@ def euclidean(x: Tensor, dims: tuple[int, ...], keepdim: bool = False) -> Tensor
 
 
 def _sum_of_squares_down(x: Tensor, keepdim: bool) -> Tensor:
-    """Over dimension -2, a few rows at a time: their squares stay in the processor's cache."""
-    rows = max(1, _CACHED * x.shape[-2] // max(1, x.numel()))
-    if rows >= x.shape[-2]:
-        return x.square().sum(-2, keepdim)
-    total = torch.zeros_like(x[..., :1, :])
-    for piece in x.split(rows, dim=-2):
-        total += piece.square().sum(-2, keepdim=True)
+    """Over dimension -2, as a product with ones: on CPUs the fastest way down the columns."""
+    total = torch.matmul(x.new_ones(1, x.shape[-2]), x.square())
     return total if keepdim else total.squeeze(-2)
 
 
@@ -181,6 +177,9 @@ class Lp(Norm):
     def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         check_tensor(g, "g")
         return entrywise_norm(g, _conjugate(self.p), self.dims(g))
+
+    def direction_(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return g.sign_() if math.isinf(self.p) else self.direction(g)
 
     def multiplier(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
         return inverse_length(g, self.dims(g)) if self.p == 2 and g.ndim else None

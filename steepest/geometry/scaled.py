@@ -71,6 +71,9 @@ class Scaled(Norm):
     def dual(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.base.dual(g) * self._radius(g)
 
+    def direction_(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return self.base.direction_(g).mul_(self._radius(g))
+
     def multiplier(self, g: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
         multiplier = self.base.multiplier(g)
         return None if multiplier is None else multiplier.mul_(self._radius(g))

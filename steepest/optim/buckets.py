@@ -12,7 +12,7 @@ from steepest.optim.step_rules import StepRule
 
 # Elements handled at once. Cheap norms work in pieces that stay in a core's cache; matrix functions take as many
 # matrices as one workspace holds.
-_CHEAP_CHUNK = 1 << 17
+_CHEAP_CHUNK = 1 << 18
 _MATRIX_CHUNK = 1 << 26
 
 
@@ -58,7 +58,8 @@ def chunks(bucket: Bucket, foreach: bool | None, by_rows: bool = False) -> Itera
 
 
 def _row_pieces(bucket: Bucket, limit: int) -> Iterator[Bucket]:
-    rows = max(1, limit // bucket.parameters[0].shape[1])
+    height = bucket.parameters[0].shape[0]
+    rows = -(-height // -(-bucket.parameters[0].numel() // limit))  # as even as they come
     for blocks in zip(bucket.parameters, bucket.gradients, bucket.momenta, strict=True):
         for parameter, gradient, momentum in zip(*(block.split(rows) for block in blocks), strict=True):
             yield Bucket(bucket.norm, bucket.factor, [parameter], [gradient], [momentum])
@@ -71,14 +72,15 @@ def advance(chunk: Bucket, group: dict[str, Any]) -> None:
     multiplier = chunk.norm.multiplier(momentum) if alone else None
     decay, scale = _decay_and_scale(chunk, group, momentum.device)
     if multiplier is None or isinstance(scale, Tensor):
-        apply(chunk, chunk.norm.direction(momentum), group)
+        kept = momentum is chunk.momenta[0] or momentum is chunk.gradients[0]
+        apply(chunk, chunk.norm.direction(momentum) if kept else chunk.norm.direction_(momentum), group)
     else:
         _add_multiple(chunk.parameters[0], momentum, multiplier, decay, scale)
 
 
 def _add_multiple(parameter: Tensor, momentum: Tensor, multiplier: Tensor, decay: Any, scale: float) -> None:
     """`parameter * decay + scale * multiplier * momentum` in place, a few rows at a time, in cache."""
-    rows = max(1, _CHEAP_CHUNK * parameter.shape[-2] // parameter.numel())
+    rows = -(-parameter.shape[-2] // -(-parameter.numel() // _CHEAP_CHUNK))
     per_row = multiplier.shape[-2] > 1
     pieces = zip(parameter.split(rows, dim=-2), momentum.split(rows, dim=-2), strict=True)
     for index, (piece, direction) in enumerate(pieces):

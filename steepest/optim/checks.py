@@ -17,14 +17,14 @@ AdjustLr = Literal["none", "original", "match_rms_adamw", "spectral"]
 
 
 def first_nonfinite(gradients: list[Tensor]) -> int | None:
-    """Position of the first tensor with NaN or infinity. A norm shows it in one fast pass, unless it overflowed."""
+    """Position of the first tensor with NaN or infinity. A sum shows it in one fast pass, unless it overflowed."""
     filled = [(index, gradient) for index, gradient in enumerate(gradients) if gradient.numel()]
     if not filled:
         return None
-    norms = torch._foreach_norm([gradient for _, gradient in filled])
-    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
-    finite = torch.stack(list(norms)).isfinite()
+    sums = [gradient.sum(dtype=torch.float32 if gradient.itemsize < 4 else None) for _, gradient in filled]
+    if len({(value.device, value.dtype) for value in sums}) > 1:
+        sums = [value.to(sums[0].device, torch.float64) for value in sums]
+    finite = torch.stack(sums).isfinite()
     if bool(finite.all()):
         return None
     for suspect in (~finite).nonzero().flatten().tolist():

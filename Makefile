@@ -34,7 +34,7 @@ lint: $(VENV)/.for-dev
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
-types: $(VENV)/.for-dev
+types: $(VENV)/.for-dev $(VENV)/.for-docs $(VENV)/.for-bench  ## check the types, of benchmarks and documentation hooks too
 	$(RUN) pyright
 
 docs: $(VENV)/.for-docs  ## build the documentation into site/, strictly

@@ -3,11 +3,11 @@
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=
-# One process for each core, one thread for each process; a file stays on one process.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
+# One process for each core, one thread for each process; a file stays on one process.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses=auto --dist=loadfile
 PIP := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 export PIP_NO_INPUT := 1

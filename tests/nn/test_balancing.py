@@ -214,6 +214,9 @@ for name, make in MADE.items():
             optimizer.step()
     found[name] = router.state_dict()
 torch.save(found, f"{folder}/rank{rank}of{ranks}.pt")
+if ranks > 1:  # threads of gloo that outlive the interpreter abort the process
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 

@@ -193,11 +193,12 @@ def transformer(run: Run) -> dict[str, Any]:
             _language(run, seed, text, steps, *best) for seed in run.seeds(run.pick(smoke=1, desktop=3))
         ]
         run.say(f"C9: {name}: {best}, final losses {[curve[-1] for curve in found['curves'][name]]}")
-    found["ratio of steps"] = []
+    found["ratio of steps"], found["reached"] = [], []  # not reached: the whole run, so the ratio is at least this
     for scion, clipped in zip(found["curves"]["scion"], found["curves"]["clipped"], strict=True):
         target = scion[-1]
-        reach = [next((i + 1 for i, loss in enumerate(c) if loss <= target), 2 * len(c)) for c in (clipped, scion)]
-        found["ratio of steps"].append(reach[0] / reach[1])
+        reach = [next((i + 1 for i, loss in enumerate(c) if loss <= target), None) for c in (clipped, scion)]
+        found["reached"].append(reach[0] is not None)
+        found["ratio of steps"].append((reach[0] or len(clipped)) / (reach[1] or len(scion)))
     return found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -47,9 +48,9 @@ def race(settings: RaceSettings, console: Any = None) -> dict[str, Any]:
     with _terminated_like_interrupted(), _threads(settings):
         try:
             device = find_device(settings.device)
-            _make_folder(settings.folder)
-            with contextlib.closing(RaceStore(settings.storage_url, settings.run_name)) as store:
-                document = _run(settings, store, device, console)
+            store, attributes, task = _join(settings, device, _sayer(console))
+            with contextlib.closing(store):
+                document = _run(settings, store, attributes, task, console)
         except KeyboardInterrupt:
             raise RaceInterruptedError(
                 f"stopped; everything is saved in {settings.folder}. Give the same command again to go on"
@@ -59,9 +60,10 @@ def race(settings: RaceSettings, console: Any = None) -> dict[str, Any]:
     return document
 
 
-def _run(settings: RaceSettings, store: RaceStore, device: torch.device, console: Any) -> dict[str, Any]:
+def _run(
+    settings: RaceSettings, store: RaceStore, attributes: dict[str, Any], task: Any, console: Any
+) -> dict[str, Any]:
     say = _sayer(console)
-    attributes, task = join(settings, store, device, say)
     bench = open_bench(settings, store, attributes, task)
     done = len(store.finished())
     say(f"Race {settings.run_name}: {len(bench.methods)} methods, {bench.steps} steps a trial, on {bench.device}")
@@ -146,6 +148,26 @@ def _make_folder(folder: Path) -> None:
         raise RaceError(f"the run folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK):
         raise RaceError(f"the run folder {str(folder)!r} cannot be written")
+
+
+def _join(settings: RaceSettings, device: torch.device, say: Any) -> tuple[RaceStore, dict[str, Any], Any]:
+    """Open the storage and join the race in it; if that fails, leave no folder behind that was not there before."""
+    folder, store = settings.folder, None
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    _make_folder(folder)
+    try:
+        store = RaceStore(settings.storage_url, settings.run_name)
+        return store, *join(settings, store, device, say)
+    except BaseException:
+        begun = store is not None and store.exists()  # by another worker, meanwhile
+        if store is not None:
+            store.close()
+        if new and not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a parent that others have filled stays
+                for parent in new[1:]:
+                    parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

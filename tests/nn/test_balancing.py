@@ -179,7 +179,7 @@ def test_checkpointed_activations_make_the_same_choices(name: str, reentrant: bo
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from steepest.nn import GlobalSwitchBalancer, LossFreeBalancer, PhiBalancer, Router
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -214,9 +214,9 @@ for name, make in MADE.items():
             optimizer.step()
     found[name] = router.state_dict()
 torch.save(found, f"{folder}/rank{rank}of{ranks}.pt")
-if ranks > 1:  # threads of gloo that outlive the interpreter abort the process
+if ranks > 1:
     dist.barrier()
-    dist.destroy_process_group()
+os._exit(0)  # threads of gloo that meet the end of the interpreter abort the process
 """
 
 

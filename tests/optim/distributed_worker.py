@@ -4,6 +4,7 @@ python distributed_worker.py RANK WORLD FOLDER
 """
 
 import math
+import os
 import sys
 import time
 import traceback
@@ -514,3 +515,5 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo that meet the end of the interpreter abort the process

@@ -16,6 +16,7 @@ from torch import Tensor
 
 CHECKED = (
     "steepest.geometry",
+    "steepest.curvature",
     "steepest.optim",
     "steepest.models",
     "steepest.nn",

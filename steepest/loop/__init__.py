@@ -4,8 +4,9 @@
 atomic checkpoints and bit-exact resume.
 """
 
+from steepest.loop.branching import branch, on_checkpoint
 from steepest.loop.driver import run
 from steepest.loop.record import Record, Result, Stepper
 from steepest.loop.rules import Diverged, Seconds, Steps, Tolerance
 
-__all__ = ["Diverged", "Record", "Result", "Seconds", "Stepper", "Steps", "Tolerance", "run"]
+__all__ = ["Diverged", "Record", "Result", "Seconds", "Stepper", "Steps", "Tolerance", "branch", "on_checkpoint", "run"]

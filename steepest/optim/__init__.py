@@ -3,10 +3,12 @@
 from steepest.optim.ball import ball_ratios, init_on_ball_, project_
 from steepest.optim.build import build, methods, recipe
 from steepest.optim.clipped_scion import ClippedScion
+from steepest.optim.dal import DAL
 from steepest.optim.distributed import distribute
 from steepest.optim.drop_muon import DropMuon, RandomLayers
 from steepest.optim.engine import SteepestDescent
 from steepest.optim.freon import Freon
+from steepest.optim.ivon import IVON
 from steepest.optim.kaon import Kaon, SpectralControl
 from steepest.optim.layer_sampling import (
     DeepBiased,
@@ -28,16 +30,40 @@ from steepest.optim.muon import Muon
 from steepest.optim.normalized import NormalizedDescent
 from steepest.optim.recipes import Recipe
 from steepest.optim.roles import ParameterRole, Role, Roles, roles
+from steepest.optim.schedules import (
+    WSD,
+    WSDS,
+    BranchPoint,
+    CyclicCosine,
+    OracleCosine,
+    Schedule,
+    ScheduledLR,
+    branch_points,
+    cyclic_cosine,
+    lr_at,
+    mean_decay_factor,
+    open_ended,
+    oracle_cosine,
+    wsd,
+    wsds,
+)
 from steepest.optim.scion import Scion
 from steepest.optim.scion_light import ScionLight
 from steepest.optim.scion_presets import scion_param_groups
 from steepest.optim.sign import SignDescent
 from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
 from steepest.optim.symmetry import SymmetryStack, symmetry_groups
+from steepest.optim.variational_sgd import VariationalSGD
 
 __all__ = [
+    "DAL",
+    "IVON",
+    "WSD",
+    "WSDS",
+    "BranchPoint",
     "Clip",
     "ClippedScion",
+    "CyclicCosine",
     "DeepBiased",
     "DropMuon",
     "EpochShift",
@@ -52,12 +78,15 @@ __all__ = [
     "Muon",
     "NormalizedDescent",
     "Optimal",
+    "OracleCosine",
     "ParameterRole",
     "RandomCount",
     "RandomLayers",
     "Recipe",
     "Role",
     "Roles",
+    "Schedule",
+    "ScheduledLR",
     "Scion",
     "ScionLight",
     "Sharp",
@@ -71,16 +100,25 @@ __all__ = [
     "SymmetryStack",
     "Uniform",
     "Unit",
+    "VariationalSGD",
     "ball_ratios",
+    "branch_points",
     "build",
+    "cyclic_cosine",
     "distribute",
     "find_layers",
     "init_on_ball_",
     "layer_smoothness",
+    "lr_at",
+    "mean_decay_factor",
     "methods",
+    "open_ended",
+    "oracle_cosine",
     "project_",
     "recipe",
     "roles",
     "scion_param_groups",
     "symmetry_groups",
+    "wsd",
+    "wsds",
 ]

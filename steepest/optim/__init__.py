@@ -28,6 +28,7 @@ from steepest.optim.layout import Layout
 from steepest.optim.mixed import Mixed
 from steepest.optim.muon import Muon
 from steepest.optim.normalized import NormalizedDescent
+from steepest.optim.radius_clip import RadiusClip
 from steepest.optim.recipes import Recipe
 from steepest.optim.roles import ParameterRole, Role, Roles, roles
 from steepest.optim.schedules import (
@@ -80,6 +81,7 @@ __all__ = [
     "Optimal",
     "OracleCosine",
     "ParameterRole",
+    "RadiusClip",
     "RandomCount",
     "RandomLayers",
     "Recipe",

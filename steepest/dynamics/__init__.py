@@ -4,9 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steepest.dynamics.bigram import BigramToy, Excess
     from steepest.dynamics.conic import MaxMargin, is_separable, max_margin
     from steepest.dynamics.diagonal_linear import DiagonalLinearNet
+    from steepest.dynamics.drift import StepDrift, local_error, step_drift
+    from steepest.dynamics.flat_loss import FlatLoss
+    from steepest.dynamics.flows import (
+        IGR,
+        NGF,
+        Flow,
+        PrincipalFlow,
+        StabilityCoefficients,
+        ThirdOrder,
+        principal_coefficient,
+        stability_coefficients,
+    )
     from steepest.dynamics.implicit_bias import LinearAdam, LinearSteepestDescent
+    from steepest.dynamics.integration import integrate
     from steepest.dynamics.linear_stability import (
         LinearStability,
         frobenius_threshold,
@@ -23,14 +37,23 @@ if TYPE_CHECKING:
         margin_certificate,
         normalized_margin,
     )
+    from steepest.dynamics.modified_losses import ImplicitlyRegularizedLoss, MultiStepLoss, RandomOrderLoss
     from steepest.dynamics.network import NetworkSteepestDescent, spectral_margins, two_layer
     from steepest.dynamics.random_features import RandomFeatureQuadratic
     from steepest.dynamics.regression_paths import RegressionSGD
+    from steepest.dynamics.river_valley import Moments, RiverValley, WindingValley, river_residual
     from steepest.dynamics.stability import StabilityReport, TraceStability, stability_report, trace_stability
     from steepest.dynamics.two_layer_relu import TwoLayerReLU
 
 __all__ = [
+    "IGR",
+    "NGF",
+    "BigramToy",
     "DiagonalLinearNet",
+    "Excess",
+    "FlatLoss",
+    "Flow",
+    "ImplicitlyRegularizedLoss",
     "LinearAdam",
     "LinearStability",
     "LinearSteepestDescent",
@@ -38,17 +61,28 @@ __all__ = [
     "LogDomainLoss",
     "MarginBounds",
     "MaxMargin",
+    "Moments",
+    "MultiStepLoss",
     "NetworkSteepestDescent",
     "NotSeparableError",
+    "PrincipalFlow",
     "RandomFeatureQuadratic",
+    "RandomOrderLoss",
     "RegressionSGD",
+    "RiverValley",
     "ScaledTensor",
     "SecondMoment",
+    "StabilityCoefficients",
     "StabilityReport",
+    "StepDrift",
+    "ThirdOrder",
     "TraceStability",
     "TwoLayerReLU",
+    "WindingValley",
     "frobenius_threshold",
+    "integrate",
     "is_separable",
+    "local_error",
     "logit_terms",
     "margin",
     "margin_certificate",
@@ -56,8 +90,12 @@ __all__ = [
     "mean_square_threshold",
     "noise_factor",
     "normalized_margin",
+    "principal_coefficient",
+    "river_residual",
     "spectral_margins",
+    "stability_coefficients",
     "stability_report",
+    "step_drift",
     "trace_stability",
     "trace_threshold",
     "two_layer",
@@ -65,6 +103,30 @@ __all__ = [
 
 # Where each public name lives; a module is loaded when one of its names is first asked for.
 _HOMES = {
+    "bigram": ("BigramToy", "Excess"),
+    "river_valley": ("Moments", "RiverValley", "WindingValley", "river_residual"),
+    "drift": (
+        "StepDrift",
+        "local_error",
+        "step_drift",
+    ),
+    "flat_loss": ("FlatLoss",),
+    "flows": (
+        "IGR",
+        "NGF",
+        "Flow",
+        "PrincipalFlow",
+        "StabilityCoefficients",
+        "ThirdOrder",
+        "principal_coefficient",
+        "stability_coefficients",
+    ),
+    "integration": ("integrate",),
+    "modified_losses": (
+        "ImplicitlyRegularizedLoss",
+        "MultiStepLoss",
+        "RandomOrderLoss",
+    ),
     "conic": ("MaxMargin", "is_separable", "max_margin"),
     "diagonal_linear": ("DiagonalLinearNet",),
     "implicit_bias": ("LinearAdam", "LinearSteepestDescent"),

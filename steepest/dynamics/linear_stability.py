@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest._checks import check_int
+from steepest.dynamics.second_moments import advance, diag_top, kron_top, lanczos_top, power_threshold, pull
 
 Method = Literal["auto", "kron", "diag", "gram", "power"]
 # Above this rank the dense matrix over symmetric matrices is no longer cheap.
@@ -188,7 +189,7 @@ class LinearStability:
     def _mean_square(self) -> Tensor:
         """The mean of H_i squared, (r, r)."""
         inner = self._z @ self._z.mT
-        return _pull(self._z, inner) / self.samples
+        return pull(self._z, inner) / self.samples
 
     @cached_property
     def basis(self) -> Float[Tensor, "p r"]:
@@ -255,105 +256,24 @@ class LinearStability:
             raise ValueError(f'method "kron" is for rank up to {_KRON_RANK}, here it is {self.rank}; use "gram"')
         if not self.rank:
             return math.inf
+        z, g = self._z, self._g
         if method == "power":
-            return self._bisect(batch_size, replacement, max(tol, 1e-6), max_steps) / self._unit / self._unit
+            return power_threshold(z, g, p, max(tol, 1e-6), max_steps) / self._unit / self._unit
         if p == 0:
-            top = float(self._g[0])
+            top = float(g[0])
         elif method == "kron" or (method == "auto" and self.rank <= _AUTO_KRON_RANK):
-            top = self._kron(p)
+            top = kron_top(z, g, p)
         elif method == "diag" or (
             method == "auto" and p == 1 and self.outputs == 1 and self.samples <= _AUTO_DIAG_SAMPLES
         ):
-            top = self._diag()
+            top = diag_top(z, g)
         else:
-            top = self._lanczos(p, tol, max_steps)
+            top = lanczos_top(z, g, p, tol, max_steps)
         return 2 / top / self._unit / self._unit
-
-    def _kron(self, p: float) -> float:
-        r, g = self.rank, self._g
-        row, column = torch.triu_indices(r, r, device=g.device)
-        c = (g[row] + g[column]) / 2
-        # Coordinates of symmetric matrices that keep the inner product, divided by the root of C.
-        weight = (1 + (row != column).to(g)).sqrt() / c.sqrt()
-        matrix = torch.diag((1 - p) * g[row] * g[column] / c)
-        for z in self._z.split(max(1, 2**21 // (len(row) * self.outputs**2))):
-            pairs = torch.einsum("ika,ilb->iklab", z, z).flatten(0, 2)
-            factor = (pairs + pairs.mT)[:, row, column] * (weight / 2)
-            matrix.addmm_(factor.mT, factor, alpha=p / self.samples)
-        return float(torch.linalg.eigvalsh(matrix)[-1])
-
-    def _diag(self) -> float:
-        values = self._g * self.samples
-        u = self._z[:, 0] / values.sqrt()
-        s = values[:, None] * values / (values[:, None] + values)
-        rows = []
-        for row in u:
-            y = row * u
-            rows.append(2 * ((y @ s) * y).sum(-1))
-        matrix = torch.stack(rows)
-        return float(torch.linalg.eigvalsh((matrix + matrix.mT) / 2)[-1])
-
-    def _lanczos(self, p: float, tol: float, max_steps: int) -> float:
-        g = self._g
-        root = ((g[:, None] + g) / 2).sqrt()
-        fixed = (1 - p) * g[:, None] * g / root.square()
-
-        def product(x: Tensor) -> Tensor:
-            noise = _pull(self._z, _push(self._z, x / root)) / root
-            found = fixed * x + (p / self.samples) * noise
-            return (found + found.mT) / 2
-
-        # The top eigenvector is positive semidefinite in M, so the identity is never orthogonal to it.
-        x = torch.diag(g.sqrt())
-        x, before = x / x.norm(), torch.zeros_like(x)
-        alphas: list[float] = []
-        betas: list[float] = []
-        for step in range(max_steps):
-            y = product(x)
-            alphas.append(float((x * y).sum()))
-            y = y - alphas[-1] * x - (betas[-1] * before if betas else 0.0)
-            betas.append(float(y.norm()))
-            if step < 8 or step % 4 == 0 or betas[-1] <= 1e-14 * abs(alphas[0]):
-                top, last = _tridiagonal_top(alphas, betas[:-1])
-                if betas[-1] * last <= tol * top:
-                    return top
-            x, before = y / betas[-1], x
-        top, last = _tridiagonal_top(alphas, betas[:-1])
-        raise RuntimeError(
-            f"Lanczos has a relative residual of {betas[-1] * last / top:.2g} after {max_steps} steps (tol {tol:g}); "
-            "raise max_steps or tol"
-        )
-
-    def _bisect(self, batch_size: int | None, replacement: bool, tol: float, max_steps: int) -> float:
-        low, high = 0.0, 2 / float(self._g[0])
-        while high - low > tol * high:
-            lr = (low + high) / 2
-            p = noise_factor(self.samples, batch_size, replacement)
-            low, high = (lr, high) if self._growth(lr, p, max_steps) <= 1 else (low, lr)
-        return (low + high) / 2
-
-    def _growth(self, lr: float, p: float, max_steps: int) -> float:
-        moment, growth, settled = torch.eye(self.rank).to(self._g), 0.0, 0
-        for _ in range(max_steps):
-            moment = self._advance(moment / moment.trace(), lr, p)
-            before, growth = growth, float(moment.trace())
-            settled = settled + 1 if abs(growth - before) <= 1e-3 * abs(growth - 1) else 0
-            if settled == 10 or growth == 0:
-                break
-        return growth
-
-    def _advance(self, moment: Tensor, lr: float, p: float) -> Tensor:
-        """T, in coordinates where the null space of G is absent and G is diagonal (gradients in units of `_unit`)."""
-        shrink = 1 - lr * self._g
-        quadratic = self._g[:, None] * self._g
-        noise = _pull(self._z, _push(self._z, moment)) / self.samples - quadratic * moment
-        found = shrink[:, None] * shrink * moment + lr * lr * p * noise
-        # An antisymmetric part would come from rounding alone, and grow.
-        return (found + found.mT) / 2
 
     def advance(self, moment: Float[Tensor, "r r"], lr: float, p: float) -> Float[Tensor, "r r"]:
         r"""T(M) in the eigenbasis of G (`coordinates`), for M there; p from `noise_factor`."""
-        return self._advance(moment, lr * self._unit * self._unit, p)
+        return advance(self._z, self._g, moment, lr * self._unit * self._unit, p)
 
     def trace_bound(self, batch_size: int | None = 1, replacement: bool = True) -> float:
         r"""$2\,tr G / (p \tfrac1n \sum_i tr H_i^2 + (1 - p) \|G\|_F^2) \ge \eta^*$: necessary for stability, any B.
@@ -465,27 +385,6 @@ def mean_square_threshold(
         (0.5, 2.0)
     """
     return LinearStability(jacobian).threshold(batch_size, replacement, method=method)
-
-
-def _push(z: Tensor, x: Tensor) -> Tensor:
-    """z_i x z_i' for each example, (n, k, k)."""
-    return (z.flatten(0, 1) @ x).reshape(z.shape) @ z.mT
-
-
-def _pull(z: Tensor, blocks: Tensor) -> Tensor:
-    """The sum of z_i' b_i z_i over the examples, (r, r)."""
-    flat = z.flatten(0, 1)
-    return (blocks @ z).reshape(flat.shape).mT @ flat
-
-
-def _tridiagonal_top(diagonal: list[float], off: list[float]) -> tuple[float, float]:
-    """The largest eigenvalue of a symmetric tridiagonal matrix, and the last entry of its eigenvector."""
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if off:
-        side = torch.diag(torch.tensor(off, dtype=torch.float64), 1)
-        matrix = matrix + side + side.mT
-    values, vectors = torch.linalg.eigh(matrix)
-    return float(values[-1]), abs(float(vectors[-1, -1]))
 
 
 def _check_matrix(name: str, value: Tensor, ndims: tuple[int, ...]) -> None:

@@ -2,8 +2,8 @@ r"""Eigenvalues of the map on second moments of SGD, in the eigenbasis of G.
 
 There the per-example gradients are z, (n, k, r), G is diagonal with entries g > 0, and the null space of G is absent,
 so that no rounding error can live in it. Stability of $T = I - 2 \eta C + \eta^2 D$ is decided by the largest
-eigenvalue of $C^{-1/2} D C^{-1/2}$ on symmetric matrices, with $C(M) = \tfrac12 (G M + M G)$, which is diagonal here, and
-$D(M) = (1 - p) G M G + p \tfrac1n \sum_i H_i M H_i$.
+eigenvalue of $C^{-1/2} D C^{-1/2}$ on symmetric matrices, with $C(M) = \tfrac12 (G M + M G)$, which is diagonal here,
+and $D(M) = (1 - p) G M G + p \tfrac1n \sum_i H_i M H_i$.
 """
 
 import torch

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         principal_coefficient,
         stability_coefficients,
     )
+    from steepest.dynamics.game_flow import GameFlow, game_order
+    from steepest.dynamics.games import GameDrift, GameTerms, TwoPlayer, game_drift
     from steepest.dynamics.implicit_bias import LinearAdam, LinearSteepestDescent
     from steepest.dynamics.integration import integrate
     from steepest.dynamics.linear_stability import (
@@ -53,6 +55,9 @@ __all__ = [
     "Excess",
     "FlatLoss",
     "Flow",
+    "GameDrift",
+    "GameFlow",
+    "GameTerms",
     "ImplicitlyRegularizedLoss",
     "LinearAdam",
     "LinearStability",
@@ -78,8 +83,11 @@ __all__ = [
     "ThirdOrder",
     "TraceStability",
     "TwoLayerReLU",
+    "TwoPlayer",
     "WindingValley",
     "frobenius_threshold",
+    "game_drift",
+    "game_order",
     "integrate",
     "is_separable",
     "local_error",
@@ -129,6 +137,8 @@ _HOMES = {
     ),
     "conic": ("MaxMargin", "is_separable", "max_margin"),
     "diagonal_linear": ("DiagonalLinearNet",),
+    "game_flow": ("GameFlow", "game_order"),
+    "games": ("GameDrift", "GameTerms", "TwoPlayer", "game_drift"),
     "implicit_bias": ("LinearAdam", "LinearSteepestDescent"),
     "linear_stability": (
         "LinearStability",

@@ -8,6 +8,9 @@ from steepest.optim.distributed import distribute
 from steepest.optim.drop_muon import DropMuon, RandomLayers
 from steepest.optim.engine import SteepestDescent
 from steepest.optim.freon import Freon
+from steepest.optim.game_baselines import SGA, Consensus, RungeKutta
+from steepest.optim.game_terms import DriftCoefficients, drift_coefficients
+from steepest.optim.games import GameOptimizer
 from steepest.optim.ivon import IVON
 from steepest.optim.kaon import Kaon, SpectralControl
 from steepest.optim.layer_sampling import (
@@ -59,17 +62,21 @@ from steepest.optim.variational_sgd import VariationalSGD
 __all__ = [
     "DAL",
     "IVON",
+    "SGA",
     "WSD",
     "WSDS",
     "BranchPoint",
     "Clip",
     "ClippedScion",
+    "Consensus",
     "CyclicCosine",
     "DeepBiased",
+    "DriftCoefficients",
     "DropMuon",
     "EpochShift",
     "Freon",
     "Full",
+    "GameOptimizer",
     "Joint",
     "Kaon",
     "LayerSampler",
@@ -87,6 +94,7 @@ __all__ = [
     "Recipe",
     "Role",
     "Roles",
+    "RungeKutta",
     "Schedule",
     "ScheduledLR",
     "Scion",
@@ -108,6 +116,7 @@ __all__ = [
     "build",
     "cyclic_cosine",
     "distribute",
+    "drift_coefficients",
     "find_layers",
     "init_on_ball_",
     "layer_smoothness",

@@ -10,10 +10,12 @@ from torch import Tensor
 from steepest.geometry import Direction, Norm
 from steepest.optim.step_rules import StepRule
 
-# Elements handled at once. Cheap norms work in pieces that stay in a core's cache; matrix functions take as many
-# matrices as one workspace holds.
+# Elements handled at once. On a processor all of a chunk's temporaries stay in a core's cache; matrix functions want a
+# few matrices at a time even so, to share among the threads. Elsewhere they take what one workspace holds.
 _CHEAP_CHUNK = 1 << 18
-_MATRIX_CHUNK = 1 << 26
+_MATRIX_CHUNK = 1 << 17
+_FEWEST_MATRICES = 4
+_DEVICE_CHUNK = 1 << 26
 
 
 @dataclass
@@ -42,7 +44,7 @@ def chunks(bucket: Bucket, foreach: bool | None, by_rows: bool = False) -> Itera
 
     With `by_rows`, a matrix too large for that comes in pieces of rows where the norm treats each row alone.
     """
-    limit = _MATRIX_CHUNK if bucket.norm.costly else _CHEAP_CHUNK
+    limit = _limit(bucket)
     if by_rows and bucket.norm.rowwise and bucket.parameters[0].ndim == 2 and bucket.parameters[0].numel() > limit:
         yield from _row_pieces(bucket, limit)
         return
@@ -55,6 +57,16 @@ def chunks(bucket: Bucket, foreach: bool | None, by_rows: bool = False) -> Itera
             start, size = end, 0
         size += block.numel()
     yield bucket.slice(start, len(bucket.parameters))
+
+
+def _limit(bucket: Bucket) -> int:
+    """How many elements a chunk may have, unless it is a single block."""
+    if not bucket.norm.costly:
+        return _CHEAP_CHUNK
+    block = bucket.parameters[0]
+    if block.device.type != "cpu":
+        return _DEVICE_CHUNK
+    return max(_MATRIX_CHUNK, _FEWEST_MATRICES * block.shape[-2:].numel())
 
 
 def _row_pieces(bucket: Bucket, limit: int) -> Iterator[Bucket]:
@@ -92,7 +104,33 @@ def _add_multiple(parameter: Tensor, momentum: Tensor, multiplier: Tensor, decay
 
 def moved_momentum(chunk: Bucket, group: dict[str, Any]) -> Tensor:
     """Move the momenta of a chunk; return the read-only matrices whose direction is taken, stacked."""
+    together = _adjoining(chunk.momenta) if group["momentum"] > 0 else None
+    if together is not None:
+        ahead = moved_momenta([torch.stack(chunk.gradients)], [together], group)[0]
+        return ahead.clone() if ahead is together else ahead
     return stacked(moved_momenta(chunk.gradients, chunk.momenta, group), chunk.norm.spans_batch)
+
+
+def adjoining(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros like each parameter (all of one shape), one behind the other in memory where that saves time."""
+    first = parameters[0]
+    if first.ndim != 2 or first.numel() > _MATRIX_CHUNK or not all(p.is_contiguous() for p in parameters):
+        return [torch.zeros_like(p, memory_format=torch.preserve_format) for p in parameters]
+    return list(first.new_zeros(len(parameters), *first.shape).unbind())
+
+
+def _adjoining(blocks: Sequence[Tensor]) -> Tensor | None:
+    """The blocks as one tensor, without a copy, or None if they do not lie one behind the other."""
+    first, count = blocks[0], len(blocks)
+    if count == 1 or first.ndim != 2 or not first.is_contiguous() or torch.compiler.is_compiling():
+        return None
+    start, length, offset = first.data_ptr(), first.numel(), first.storage_offset()
+    if (offset + count * length) * first.itemsize > first.untyped_storage().nbytes():
+        return None
+    step = length * first.itemsize
+    if [block.data_ptr() for block in blocks] != list(range(start, start + count * step, step)):
+        return None
+    return first.as_strided((count, *first.shape), (length, *first.stride()), offset)
 
 
 def moved_momenta(gradients: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:

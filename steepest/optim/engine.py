@@ -9,7 +9,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from steepest.geometry import Direction, Norm, get_norm
 from steepest.geometry.scaled import Scaled
-from steepest.optim.buckets import Bucket, advance, apply, chunks, joined, measured, moved_momentum
+from steepest.optim.buckets import Bucket, adjoining, advance, apply, chunks, joined, measured, moved_momentum
 from steepest.optim.checks import (
     AdjustLr,
     MomentumForm,
@@ -292,14 +292,16 @@ class SteepestDescent(Optimizer):
         """
         buckets: dict[int, Bucket] = {}
         stateful = group["momentum"] > 0
-        for stored, layout, norms, slots in self._plan(index, group):
+        plan = self._plan(index, group)
+        if stateful:
+            self._start_momenta(plan)
+        for stored, layout, norms, slots in plan:
             gradient = stored.grad
             if gradient is None or stored.numel() == 0:
                 continue
             momentum = self._momentum_buffer(stored) if stateful else gradient
-            coupled = norms[0][0].spans_batch
-            if layout.is_plain and stored.ndim == 2 and not coupled:
-                triples = [(stored, gradient, momentum)]
+            if layout.is_plain and stored.ndim == 2 and not norms[0][0].spans_batch:
+                triples = ((stored, gradient, momentum),)
             else:
                 parameter = stored
                 if not layout.is_view(stored, memory_order(stored)):
@@ -311,9 +313,10 @@ class SteepestDescent(Optimizer):
                 views = (layout.blocks(tensor, order) for tensor in (parameter, gradient, momentum))
                 triples = list(zip(*views, strict=True))
             for blocks, (norm, factor), slot in zip(triples, norms, slots, strict=True):
-                if slot not in buckets:
-                    buckets[slot] = Bucket(norm, factor, [], [], [])
-                buckets[slot].append(*blocks)
+                bucket = buckets.get(slot)
+                if bucket is None:
+                    bucket = buckets[slot] = Bucket(norm, factor, [], [], [])
+                bucket.append(*blocks)
         return list(buckets.values())
 
     def _plan(
@@ -340,6 +343,16 @@ class SteepestDescent(Optimizer):
             plan.append((parameter, resolved, norms, slots))
         self._plans[index] = (settings, plan)
         return plan
+
+    def _start_momenta(self, plan: "list[tuple[Tensor, Layout, list[tuple[Direction, float]], list[int]]]") -> None:
+        """Zeros for the parameters that have a gradient for the first time, those of a bucket side by side."""
+        fresh: dict[int, list[Tensor]] = {}
+        for parameter, _, _, slots in plan:
+            if parameter.grad is not None and parameter not in self.state and len(slots) == 1:
+                fresh.setdefault(slots[0], []).append(parameter)
+        for parameters in fresh.values():
+            for parameter, zeros in zip(parameters, adjoining(parameters), strict=True):
+                self.state[parameter]["momentum_buffer"] = zeros
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

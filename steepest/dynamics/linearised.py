@@ -152,7 +152,8 @@ class LinearisedSGD:
         self.generator = generator
         self._z = self.point.coordinates()
         if start is None:
-            deltas = torch.randn(trajectories, self.point.rank, generator=generator, dtype=torch.float64)
+            shape = (trajectories, self.point.rank)
+            deltas = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)
             self.deltas = (deltas / deltas.norm(dim=-1, keepdim=True)).to(self._z)
         else:
             size = len(self.point.basis)
@@ -210,8 +211,8 @@ def draw_batches(
 ) -> Int[Tensor, "count batch"]:
     """Indices of `count` independent batches."""
     if replacement:
-        return torch.randint(samples, (count, batch_size), generator=generator)
-    return torch.rand(count, samples, generator=generator).topk(batch_size, dim=-1).indices
+        return torch.randint(samples, (count, batch_size), generator=generator, device=generator.device)
+    return torch.rand(count, samples, generator=generator, device=generator.device).topk(batch_size, dim=-1).indices
 
 
 def _exp(value: float) -> float:

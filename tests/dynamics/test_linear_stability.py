@@ -166,6 +166,15 @@ def test_one_example() -> None:
     assert mean_square_threshold(torch.tensor([[3.0, 4.0]])) == pytest.approx(2 / 25, rel=1e-12)
 
 
+def test_non_uniformity_is_the_spread_of_the_examples() -> None:
+    jacobian = randn(6, 2, 4)
+    blocks = torch.stack([j.mT @ j for j in jacobian])
+    spread = (blocks @ blocks).mean(0) - blocks.mean(0) @ blocks.mean(0)
+    wanted = float(torch.linalg.eigvalsh(spread)[-1]) ** 0.5
+    assert LinearStability(jacobian).non_uniformity == pytest.approx(wanted, rel=1e-10)
+    assert LinearStability(torch.ones(4, 3)).non_uniformity == pytest.approx(0, abs=1e-6)
+
+
 def test_larger_batches_allow_more() -> None:
     point = LinearStability(randn(12, 20))
     found = [point.threshold(b) for b in (1, 2, 4, 8, 12)] + [point.threshold(None)]

@@ -131,7 +131,8 @@ CLAIMS = (
         reported="SGD 4765 of 6667, 1710 of 2000, 538 of 667; path norm 226, 125, 34; relative test error 27, 8.7, "
         ".99; GD: path norm 229 to 227, test error 28",
         criterion="each of 3 seeds: trace of SGD between .7 and 1.0 of 2 / lr for lr 3e-4, 1e-3, 3e-3; path norm and "
-        "test error (over the variance of f*) of SGD fall from each lr to the next; those of GD (lr 1e-3, 3e-3, 1e-2) within 5 % of each other",
+        "test error (over the variance of f*) of SGD fall from each lr to the next; "
+        "those of GD (lr 1e-3, 3e-3, 1e-2) within 5 % of each other",
         judge=lambda m: [
             all(0.7 <= share <= 1.0 for shares in m["SGD trace over 2 / lr"].values() for share in shares),
             *(

@@ -44,14 +44,32 @@ if TYPE_CHECKING:
     from steepest.dynamics.random_features import RandomFeatureQuadratic
     from steepest.dynamics.regression_paths import RegressionSGD
     from steepest.dynamics.river_valley import Moments, RiverValley, WindingValley, river_residual
+    from steepest.dynamics.sharpness import (
+        EdgeMeasurement,
+        SharpnessMonitor,
+        edge_threshold,
+        measure_edge,
+        preconditioned,
+        preconditioner,
+    )
     from steepest.dynamics.stability import StabilityReport, TraceStability, stability_report, trace_stability
     from steepest.dynamics.two_layer_relu import TwoLayerReLU
+    from steepest.dynamics.variational_edge import (
+        Modes,
+        Probability,
+        descent_modes,
+        descent_probability,
+        expected_descent,
+        variational_factor,
+        vgd_threshold,
+    )
 
 __all__ = [
     "IGR",
     "NGF",
     "BigramToy",
     "DiagonalLinearNet",
+    "EdgeMeasurement",
     "Excess",
     "FlatLoss",
     "Flow",
@@ -66,17 +84,20 @@ __all__ = [
     "LogDomainLoss",
     "MarginBounds",
     "MaxMargin",
+    "Modes",
     "Moments",
     "MultiStepLoss",
     "NetworkSteepestDescent",
     "NotSeparableError",
     "PrincipalFlow",
+    "Probability",
     "RandomFeatureQuadratic",
     "RandomOrderLoss",
     "RegressionSGD",
     "RiverValley",
     "ScaledTensor",
     "SecondMoment",
+    "SharpnessMonitor",
     "StabilityCoefficients",
     "StabilityReport",
     "StepDrift",
@@ -85,6 +106,10 @@ __all__ = [
     "TwoLayerReLU",
     "TwoPlayer",
     "WindingValley",
+    "descent_modes",
+    "descent_probability",
+    "edge_threshold",
+    "expected_descent",
     "frobenius_threshold",
     "game_drift",
     "game_order",
@@ -96,8 +121,11 @@ __all__ = [
     "margin_certificate",
     "max_margin",
     "mean_square_threshold",
+    "measure_edge",
     "noise_factor",
     "normalized_margin",
+    "preconditioned",
+    "preconditioner",
     "principal_coefficient",
     "river_residual",
     "spectral_margins",
@@ -107,6 +135,8 @@ __all__ = [
     "trace_stability",
     "trace_threshold",
     "two_layer",
+    "variational_factor",
+    "vgd_threshold",
 ]
 
 # Where each public name lives; a module is loaded when one of its names is first asked for.
@@ -155,6 +185,23 @@ _HOMES = {
     "regression_paths": ("RegressionSGD",),
     "stability": ("StabilityReport", "TraceStability", "stability_report", "trace_stability"),
     "two_layer_relu": ("TwoLayerReLU",),
+    "sharpness": (
+        "EdgeMeasurement",
+        "SharpnessMonitor",
+        "edge_threshold",
+        "preconditioned",
+        "preconditioner",
+        "measure_edge",
+    ),
+    "variational_edge": (
+        "Modes",
+        "Probability",
+        "descent_modes",
+        "descent_probability",
+        "expected_descent",
+        "variational_factor",
+        "vgd_threshold",
+    ),
 }
 
 

@@ -138,15 +138,20 @@ class VariationalSGD(NoisyDescent):
         if group["sigma"]:
             torch._foreach_add_(parameters, noise, alpha=_scale(group))
 
+    @staticmethod
+    def variance(group: dict[str, Any]) -> float:
+        """The variance of the noise of a parameter group; infinite for Student-t noise with dof <= 2."""
+        if group["noise"] == "gaussian" or not group["sigma"]:
+            return group["sigma"] ** 2
+        return _scale(group) ** 2 * (group["dof"] / (group["dof"] - 2) if group["dof"] > 2 else math.inf)
+
     def posterior_std(self) -> list[Tensor]:
-        r"""Standard deviation of the noise of each parameter, in their order; infinite for Student-t with dof <= 2."""
-        found = []
-        for group in self.param_groups:
-            std = _scale(group)
-            if group["noise"] == "student_t" and group["sigma"]:
-                std *= math.sqrt(group["dof"] / (group["dof"] - 2)) if group["dof"] > 2 else math.inf
-            found += [torch.full_like(parameter, std, requires_grad=False) for parameter in group["params"]]
-        return found
+        """Standard deviation of the noise of each parameter, in their order; see `variance`."""
+        return [
+            torch.full_like(parameter, math.sqrt(self.variance(group)), requires_grad=False)
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
 
     def _update_state(self, group: dict[str, Any], parameter: Tensor) -> Row:
         if not group["momentum"]:

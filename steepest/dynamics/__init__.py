@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from steepest.dynamics.network import NetworkSteepestDescent, spectral_margins, two_layer
     from steepest.dynamics.random_features import RandomFeatureQuadratic
     from steepest.dynamics.regression_paths import RegressionSGD
-    from steepest.dynamics.river_valley import Moments, RiverValley, WindingValley, river_residual
+    from steepest.dynamics.river import WindingValley, river_residual
+    from steepest.dynamics.river_valley import Moments, RiverValley
     from steepest.dynamics.sharpness import (
         EdgeMeasurement,
         SharpnessMonitor,
@@ -142,7 +143,8 @@ __all__ = [
 # Where each public name lives; a module is loaded when one of its names is first asked for.
 _HOMES = {
     "bigram": ("BigramToy", "Excess"),
-    "river_valley": ("Moments", "RiverValley", "WindingValley", "river_residual"),
+    "river": ("WindingValley", "river_residual"),
+    "river_valley": ("Moments", "RiverValley"),
     "drift": (
         "StepDrift",
         "local_error",

@@ -5,6 +5,7 @@ takes the noise away. `RiverValley` is the model in which all of this is exact: 
 noise, whose mean and variance follow a linear recursion.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest._checks import check_int
-from steepest.curvature import Hessian, top_eigenpairs
 
 
 class Moments(NamedTuple):
@@ -167,7 +167,7 @@ class RiverValley:
             start: the constant rate that the search starts from; a tenth of the edge, 0.2 / max h, if None.
 
         Raises:
-            ValueError: there is no curvature.
+            ValueError: there is no curvature, nothing to lower, or `start` is no learning rate.
         """
         from scipy.optimize import minimize
 
@@ -177,19 +177,24 @@ class RiverValley:
             raise ValueError("h must not be zero everywhere: no rate is better than another")
         m, v = (self._start(name, value).double() for name, value in (("mean", mean), ("variance", variance)))
         valley = RiverValley(self.h.double(), self.sigma2.double())
-        scale = float(valley.loss(m, v)) or 1.0
+        scale, least = float(valley.loss(m, v)), float(self.h[self.h > 0].min())
+        if scale == 0:
+            raise ValueError("mean and variance are zero: the loss cannot fall")
+        if start is not None and not 0 < start < math.inf:
+            raise ValueError(f"start must be a learning rate above 0, got {start!r}")
 
         def objective(log_rates: Any) -> tuple[float, Any]:
             x = torch.tensor(log_rates, dtype=torch.float64, requires_grad=True)
             with torch.enable_grad():
-                end = (valley.run(x.exp(), mean=m, variance=v).loss[-1] / scale).log()
+                end = (valley.run(x.exp(), mean=m, variance=v).loss[-1] / scale + 1e-30).log()
                 end.backward()
             assert x.grad is not None
             return float(end.detach()), x.grad.numpy()
 
         first = torch.full((steps,), 0.2 / largest if start is None else start, dtype=torch.float64).log()
-        options = {"maxiter": 20_000, "maxfun": 100_000, "ftol": 0.0, "gtol": 1e-13, "maxcor": 50}
-        found = minimize(objective, first.numpy(), jac=True, method="L-BFGS-B", options=options)
+        options = {"maxiter": 2_000, "maxfun": 10_000, "ftol": 1e-15, "gtol": 1e-12, "maxcor": 50}
+        bounds = [(math.log(1e-12 / largest), math.log(2 / least))] * steps
+        found = minimize(objective, first.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
         return torch.from_numpy(found.x).exp().to(self.h)
 
     def _start(self, name: str, value: Any) -> Tensor:
@@ -209,104 +214,6 @@ class RiverValley:
         if not bool((rates.isfinite() & (rates >= 0)).all()):
             raise ValueError("lrs must be finite and not negative")
         return rates
-
-
-def river_residual(
-    hessian: Hessian, *, tol: float = 1e-6, max_products: int | None = None, generator: torch.Generator | None = None
-) -> float:
-    r"""How far a point is from the river, $\|(I - v v^\top)\nabla L\| / \|\nabla L\|$ in [0, 1]; 0 on it.
-
-    The river is where the gradient is an eigenvector of the Hessian for its smallest eigenvalue, here v, which comes
-    from Lanczos: for small problems.
-
-    Args:
-        hessian: the Hessian of the loss at the point, `Hessian(model, loss_fn, data)` or `Hessian.of(function, x)`.
-        tol, max_products, generator: see `steepest.curvature.top_eigenpairs`.
-
-    Returns:
-        The residual; 0 where the gradient is zero.
-
-    Raises:
-        RuntimeError: the eigenvector did not converge.
-
-    Source:
-        Wen et al. 2024, arXiv 2410.05192 (the definition of the river).
-
-    Examples:
-        >>> import torch
-        >>> valley = lambda w: (w * torch.tensor([10.0, 0.1]) * w).sum() / 2
-        >>> on, off = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 2.0])
-        >>> round(river_residual(Hessian.of(valley, on)), 3), round(river_residual(Hessian.of(valley, off)), 3)
-        (0.0, 1.0)
-    """
-    gradient = hessian.gradient()
-    length = gradient.norm()
-    if not bool(length > 0):
-        return 0.0
-    pairs = top_eigenpairs(hessian, 1, which="smallest", tol=tol, max_products=max_products, generator=generator)
-    if not pairs.converged:
-        raise RuntimeError(
-            f"the smallest eigenvector did not converge in {pairs.products} products (residual "
-            f"{float(pairs.residuals[0]):.3g}): raise max_products or tol"
-        )
-    v = pairs.vectors[:, 0]
-    return float((gradient - v * (v @ gradient)).norm() / length)
-
-
-@dataclass(frozen=True)
-class WindingValley:
-    r"""A river valley to look at, $L(x, y) = \tfrac12 \gamma (x - \sin y)^2 + \tfrac12 \kappa y^2$.
-
-    Attributes:
-        gamma: curvature of the hills.
-        kappa: curvature along the river, much smaller.
-
-    Raises:
-        ValueError: unless 0 < kappa < gamma.
-    """
-
-    gamma: float = 1.0
-    kappa: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.kappa < self.gamma < float("inf"):
-            raise ValueError(f"0 < kappa < gamma is needed, got kappa={self.kappa!r}, gamma={self.gamma!r}")
-
-    def __call__(self, w: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
-        """The loss of points (x, y)."""
-        x, y = w.unbind(-1)
-        return (self.gamma * (x - y.sin()).square() + self.kappa * y.square()) / 2
-
-    def gradient(self, w: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
-        """The gradient at points (x, y)."""
-        x, y = w.unbind(-1)
-        up = self.gamma * (x - y.sin())
-        return torch.stack([up, self.kappa * y - up * y.cos()], -1)
-
-    def river(self, y: Float[Tensor, "*batch"], *, steps: int = 50) -> Float[Tensor, "*batch 2"]:
-        """The points of the river at given y: not the floor x = sin y, but off it, where the floor bends the gradient.
-
-        By Newton's method on the component of H g across g, from the point where g is along the floor.
-        """
-        c, s = y.cos(), y.sin()
-        u = self.kappa * y * c / (self.gamma * (1 + c.square()))
-        for _ in range(steps):
-            # g = (a, b), H = [[gamma, -gamma c], [-gamma c, d]]; all are linear in u = x - sin y
-            a, b, d = (
-                self.gamma * u,
-                self.kappa * y - self.gamma * u * c,
-                self.gamma * (c.square() + u * s) + self.kappa,
-            )
-            across = (self.gamma * (a - c * b)) * b - (d * b - self.gamma * c * a) * a
-            da, db, dd = self.gamma, -self.gamma * c, self.gamma * s
-            slope = (
-                self.gamma * (da - c * db) * b
-                + self.gamma * (a - c * b) * db
-                - (dd * b + d * db - self.gamma * c * da) * a
-                - (d * b - self.gamma * c * a) * da
-            )
-            u = u - torch.where(slope == 0, torch.zeros_like(u), across / slope)
-        return torch.stack([s + u, y], -1)
 
 
 def _scan(factor: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,8 @@ def test_optimal_rates_on_a_hill_are_the_greedy_ones() -> None:
     variance = HILL.stationary_variance(0.4)
     greedy, optimal = (f(20, variance=variance) for f in (HILL.greedy_lrs, HILL.optimal_lrs))
     np.testing.assert_allclose(optimal, greedy, rtol=1e-6)
+    noiseless = RiverValley([2.0], 0.0).optimal_lrs(3, mean=[1.0])
+    assert float(RiverValley([2.0], 0.0).run(noiseless, mean=[1.0]).loss[-1]) < 1e-20
     assert float(greedy[0]) == pytest.approx(0.2, rel=1e-14)
     np.testing.assert_allclose((1 / greedy).diff(), 1.0, rtol=1e-12)
     end = HILL.run(optimal, variance=variance).variance[-1]
@@ -185,6 +187,8 @@ def test_the_residual_of_a_model() -> None:
         ("mean must have 1 entries", lambda: HILL.run([0.1], mean=[1.0, 2.0])),
         ("variance must have 1 entries", lambda: HILL.run([0.1], variance=[-1.0])),
         ("h must not be zero", lambda: RiverValley([0.0], [0.1]).optimal_lrs(3)),
+        ("cannot fall", lambda: HILL.optimal_lrs(3)),
+        ("start", lambda: HILL.optimal_lrs(3, variance=[1.0], start=0.0)),
         ("steps", lambda: HILL.greedy_lrs(0)),
         ("0 < kappa < gamma", lambda: WindingValley(1.0, 2.0)),
     ],

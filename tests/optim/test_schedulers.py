@@ -632,6 +632,9 @@ def test_a_schedule_of_ones_own() -> None:
     stairs = Schedule((Segment(0, "stable"), Segment(3, "stable", 1, 0.5, 0.5), Segment(6, "decay", 2, 0.5, 0.1)))
     assert rehearse(ScheduledLR(sgd(2.0), stairs), 9) == pytest.approx([2, 2, 2, 1, 1, 1, 1, 0.6, 0.2])
     assert rehearse(ScheduledLR(sgd(), cyclic_cosine((5, 10))), 10) == rehearse(CyclicCosine(sgd(), (5, 10)), 10)
+    with pytest.raises(ValueError, match=r"peak=0\.02"):
+        ScheduledLR(sgd(), wsds((5, 10), peak=0.02))
+    assert ScheduledLR(sgd(), wsds((5, 10), peak=0.02), peak=0.02).get_last_lr() == [0.02]
     with pytest.raises(TypeError, match="schedule"):
         ScheduledLR(sgd(), (10, 20))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer"):

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler
 
 from steepest.geometry import L1, MaxRow, Scaled, Spectral
-from steepest.optim import Joint, Muon, NormalizedDescent, Scion, Sharp, SignDescent, SteepestDescent
+from steepest.optim import WSDS, Joint, Muon, NormalizedDescent, Scion, Sharp, SignDescent, SteepestDescent
 
 Make = Callable[..., Optimizer]
 
@@ -230,6 +230,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     ),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.02, total_steps=10),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.01, 2),
+    "WSDS": lambda o: WSDS(o, (3, 6), decay=0.7),
 }
 
 

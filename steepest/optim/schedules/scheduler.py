@@ -32,15 +32,16 @@ class ScheduledLR(LRScheduler):
     `step()`. So call `scheduler.step()` wherever you like, as often as you like: micro-batches of an accumulated
     gradient, steps that a GradScaler left out (fused optimizers included), and steps that an optimizer of this library
     skipped (``nonfinite="skip"``) do not count. As long as the optimizer has made no update at all and there is no
-    gradient, `step()` always advances, so that a schedule can be rehearsed. ``count="calls"`` is torch's rule, every
-    call counts: for optimizers whose updates happen elsewhere (an engine that never calls their `step`).
+    gradient, `step()` always advances, so that a schedule can be rehearsed; so call it before `zero_grad` if a
+    GradScaler may leave out the very first steps. ``count="calls"`` is torch's rule, every call counts: for optimizers
+    whose updates happen elsewhere (an engine that never calls their `step`).
 
     `state_dict` holds plain data. Load it together with the optimizer's, in any order; the saved schedule and base
     rates replace those that the constructor was given.
 
     Args:
         optimizer: any torch optimizer.
-        schedule: the schedule; its `peak` is not used, only its factors.
+        schedule: the schedule; only its factors are used, so it should have no `peak` of its own.
         peak: the largest learning rate, one number for all groups or one for each. None: each group's own `lr`.
         count: "updates" or "calls".
         last_epoch: as in torch: the clock reads `last_epoch` + 1 after construction, and groups must then have
@@ -66,6 +67,11 @@ class ScheduledLR(LRScheduler):
             raise TypeError(f"schedule must be a Schedule, such as wsds((1000, 2000)); got {schedule!r}")
         if count not in get_args(Count):
             raise ValueError(f"count must be one of {', '.join(get_args(Count))}; got {count!r}")
+        if schedule.peak != 1 and peak is None:
+            raise ValueError(
+                f"the schedule has a peak of its own, {schedule.peak:g}, and the groups have their lr: say which "
+                f"counts, by peak={schedule.peak:g} here, or by a schedule without peak"
+            )
         self._floor_ratio, self._shape, self._endpoint = 0.1, "inverse", "inclusive"
         peaks = _peaks(peak, len(optimizer.param_groups))
         if peaks is not None:

@@ -110,7 +110,7 @@ class MatrixOperator(LinearOperator):
     def __init__(self, matrix: Float[Tensor, "m n"]) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or not matrix.is_floating_point():
             raise TypeError(f"matrix must be a real floating tensor (m, n), got {_what(matrix)}")
-        symmetric = matrix.shape[0] == matrix.shape[1] and bool((matrix == matrix.T).all())
+        symmetric = matrix.shape[0] == matrix.shape[1] and _equal(matrix, matrix.T)
         super().__init__((matrix.shape[0], matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
         self.matrix, self.symmetric = matrix.detach(), symmetric
 
@@ -198,6 +198,12 @@ def symmetric_operator(value: Any, name: str = "A") -> LinearOperator:
     if operator.shape[0] == 0:
         raise ValueError(f"{name} must have at least one row, got shape {operator.shape}")
     return operator
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices are the same to rounding."""
+    scale = torch.where(a.isfinite(), a, 0).abs().max() if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=float(8 * torch.finfo(a.dtype).eps * scale), equal_nan=True)
 
 
 def _number(name: str, value: Any) -> float:

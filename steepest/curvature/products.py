@@ -12,12 +12,12 @@ from steepest._checks import check_int
 from steepest.curvature._problem import Batches, Loss, ModelPoint, Point, scalar, split_batch
 from steepest.curvature.operator import LinearOperator
 
-_RETAINED = 8  # graphs of at most so many batches are kept between products
+RETAINED = 8  # graphs of at most so many batches are kept between products
 
 
 def columnwise(product: Callable[[Tensor], Tensor], columns: Tensor, chunk: int | None) -> Tensor:
     """`product` (k, n) -> (k, m) applied to columns (n, k), `chunk` at a time; gives (m, k)."""
-    rows = columns.T
+    rows = columns.T.contiguous()  # each vector's parts in one piece: the products then copy less
     if chunk is None or rows.shape[0] <= chunk:
         return product(rows).T
     return torch.cat([product(part) for part in rows.split(chunk)]).T
@@ -252,7 +252,7 @@ class Hessian(ParameterOperator):
             yield from self._kept
             return
         made = ((_Linearised(self.point, partial(self._of_batch, batch)), weight) for batch, weight in self.batches)
-        if self.batches.count <= _RETAINED:
+        if self.batches.count <= RETAINED:
             self._kept = list(made)
             made = iter(self._kept)
         yield from made

@@ -193,7 +193,7 @@ def _normalized_gram(
     if normalize == "schatten4":
         square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=accumulate)
     else:
-        square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=accumulate)[:, None, None]
+        square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=accumulate).reshape(-1, 1, 1)
     # Rounding must not leave a singular value above one, where some tables grow quickly: the factor and the entries
     # are each off by eps / 4 in half precision, the square by eps. More would bias the iteration.
     square = square.clamp_min(_SMALLEST_SQUARE) * (1 + torch.finfo(x.dtype).eps)

@@ -160,6 +160,11 @@ def stacked(blocks: Sequence[Tensor], spans_batch: bool) -> Tensor:
     return torch.stack(list(blocks)) if blocks[0].ndim == 2 or spans_batch else torch.cat(list(blocks))
 
 
+def prepare(chunk: Bucket, group: dict[str, Any], rule: StepRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the momenta of a chunk; return what a step rule is told, see `measured`."""
+    return measured(chunk, moved_momentum(chunk, group), group, rule)
+
+
 def measured(chunk: Bucket, momentum: Tensor, group: dict[str, Any], rule: StepRule) -> tuple[Tensor, Tensor, Tensor]:
     r"""What a step rule is told: the direction v of a chunk, $\langle m, v \rangle$ and $\|v\|$, one per matrix."""
     direction, dual = chunk.norm.direction_and_dual(momentum)

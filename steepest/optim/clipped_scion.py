@@ -47,6 +47,7 @@ class ClippedScion(Scion):
         transposed: parameters are stored (in, out).
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Raises:
         ValueError: lr or clip that are not positive, lr above 1 in the constrained form, heavy-ball momentum, or what
@@ -83,6 +84,7 @@ class ClippedScion(Scion):
         transposed: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         if isinstance(clip, bool) or not isinstance(clip, int | float):
             raise TypeError(f"clip must be a number, got {clip!r}")
@@ -103,6 +105,7 @@ class ClippedScion(Scion):
             step_rule=Clip(clip, short_step, relative=True),
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +133,7 @@ class ClippedScion(Scion):
 
     def _lengths(self, duals: Tensor, sizes: Tensor) -> Tensor:
         lengths = super()._lengths(duals, sizes)
-        self._last = duals.sum(), lengths[0]
+        self._last = duals.sum(), lengths.amax()
         return lengths
 
     def __getstate__(self) -> dict[str, Any]:

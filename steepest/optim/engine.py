@@ -9,7 +9,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from steepest.geometry import Direction, Norm, get_norm
 from steepest.geometry.scaled import Scaled
-from steepest.optim.buckets import Bucket, adjoining, advance, apply, chunks, joined, measured, moved_momentum
+from steepest.optim import buckets
+from steepest.optim.buckets import Bucket, adjoining, chunks, joined
 from steepest.optim.checks import (
     AdjustLr,
     MomentumForm,
@@ -37,8 +38,8 @@ class SteepestDescent(Optimizer):
     buffer per parameter is all the state, none without momentum.
 
     Args:
-        params: parameters, named parameters, or groups of them. Every keyword below but `step_rule`, `maximize` and
-            `foreach` can be set per group.
+        params: parameters, named parameters, or groups of them. Every keyword below but `step_rule`, `maximize`,
+            `foreach` and `compile` can be set per group.
         lr: learning rate, a number or a tensor of one element.
         norm: a `steepest.geometry.Norm` or the name of one (`steepest.geometry.NORMS`); or any other `Direction`, whose
             $-T(m)$ then takes the place of lmo.
@@ -65,6 +66,8 @@ class SteepestDescent(Optimizer):
         step_rule: a `steepest.optim.StepRule`; default `Unit()`.
         maximize: ascend instead.
         foreach: False treats one matrix at a time; None and True batch those of equal shape. Results agree to rounding.
+        compile: the work of each bucket is compiled by `torch.compile` at the first step (tens of seconds; on a
+            processor it needs a C++ compiler). Over several processes the work is not compiled.
 
     Raises:
         ValueError: a hyperparameter out of its range, or a parameter that does not fit its norm or layout.
@@ -107,6 +110,7 @@ class SteepestDescent(Optimizer):
         step_rule: StepRule | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
         **extra_defaults: Any,
     ) -> None:
         self.step_rule = Unit() if step_rule is None else step_rule
@@ -114,7 +118,11 @@ class SteepestDescent(Optimizer):
             raise TypeError(f"step_rule must be a StepRule, got {type(step_rule).__name__}")
         if foreach is not None and not isinstance(foreach, bool):
             raise TypeError(f"foreach must be True, False or None, got {foreach!r}")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False, got {compile!r}")
         self.foreach = foreach
+        self.compile = compile
+        self._compiled: Any = None
         self._plans: dict[int, Any] = {}
         self.distribution: Distribution | None = None
         defaults = {
@@ -168,8 +176,8 @@ class SteepestDescent(Optimizer):
         return self.param_groups[0]["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"step_rule": self.step_rule, "foreach": self.foreach, "distribution": self.distribution, "_plans": {}}
-        return {**super().__getstate__(), **kept}
+        kept = {name: getattr(self, name) for name in ("step_rule", "foreach", "compile", "distribution")}
+        return {**super().__getstate__(), **kept, "_plans": {}, "_compiled": None}
 
     def _resolve_norm(self, norm: str | Direction) -> str | Direction:
         """What the group keeps as its norm."""
@@ -223,25 +231,34 @@ class SteepestDescent(Optimizer):
             for index, group in enumerate(self.param_groups)
             for bucket in self._buckets(index, group, copies)
         ]
+        batched, rule = self._batched(), self.step_rule
         waiting = []
         for bucket, group in work:
-            for chunk in chunks(bucket, self.foreach, by_rows=not self.step_rule.needs_duals):
-                if self.step_rule.needs_duals:
-                    waiting.append(
-                        (chunk, *measured(chunk, moved_momentum(chunk, group), group, self.step_rule), group)
-                    )
+            for chunk in chunks(bucket, self.foreach, by_rows=not rule.needs_duals):
+                if rule.needs_duals:
+                    waiting.append((chunk, *batched.prepare(chunk, group, rule), group))
                 else:
-                    advance(chunk, group)
+                    batched.advance(chunk, group)
         if waiting:
             duals = [measured[2] for measured in waiting]
             lengths = self._lengths(joined(duals), joined([measured[3] for measured in waiting]))
             pieces = lengths.split([dual.numel() for dual in duals])
             for (chunk, direction, dual, _, group), length in zip(waiting, pieces, strict=True):
                 shape = (*dual.shape, *(1 for _ in range(direction.ndim - dual.ndim)))
-                apply(chunk, direction, group, length.to(direction.device).reshape(shape))
+                batched.apply(chunk, direction, group, length.to(direction.device).reshape(shape))
         for parameter, copy in copies:
             parameter.copy_(copy)
         return loss
+
+    def _batched(self) -> Any:
+        """The functions that do the work of a chunk: those of `buckets`, or compiled ones."""
+        if not self.compile or torch.compiler.is_compiling():
+            return buckets
+        if self._compiled is None:
+            from steepest.optim.compiled import Compiled
+
+            self._compiled = Compiled()
+        return self._compiled
 
     def _lengths(self, duals: Tensor, sizes: Tensor) -> Tensor:
         """The lengths of this step, one per matrix, all groups together."""
@@ -290,7 +307,7 @@ class SteepestDescent(Optimizer):
 
         A parameter whose memory does not let its matrices be seen is copied; `copies` gets it and its copy.
         """
-        buckets: dict[int, Bucket] = {}
+        found: dict[int, Bucket] = {}
         stateful = group["momentum"] > 0
         plan = self._plan(index, group)
         if stateful:
@@ -313,11 +330,11 @@ class SteepestDescent(Optimizer):
                 views = (layout.blocks(tensor, order) for tensor in (parameter, gradient, momentum))
                 triples = list(zip(*views, strict=True))
             for blocks, (norm, factor), slot in zip(triples, norms, slots, strict=True):
-                bucket = buckets.get(slot)
+                bucket = found.get(slot)
                 if bucket is None:
-                    bucket = buckets[slot] = Bucket(norm, factor, [], [], [])
+                    bucket = found[slot] = Bucket(norm, factor, [], [], [])
                 bucket.append(*blocks)
-        return list(buckets.values())
+        return list(found.values())
 
     def _plan(
         self, index: int, group: dict[str, Any]

@@ -54,6 +54,7 @@ class Freon(SteepestDescent):
         step_rule: `Unit()` by default.
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Raises:
         ValueError: c outside [0, 1], the Schatten scale at c = 1, or a setting that the engine refuses.
@@ -94,6 +95,7 @@ class Freon(SteepestDescent):
         step_rule: StepRule | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         form: MomentumForm = momentum_form
         super().__init__(
@@ -112,4 +114,5 @@ class Freon(SteepestDescent):
             step_rule=step_rule,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )

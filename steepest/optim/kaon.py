@@ -42,6 +42,7 @@ class Kaon(SteepestDescent):
         layout: how parameters are seen as matrices, see `steepest.optim.layout.Layout`.
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181.
@@ -70,6 +71,7 @@ class Kaon(SteepestDescent):
         layout: LayoutName = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         form: MomentumForm = momentum_form
         super().__init__(
@@ -85,6 +87,7 @@ class Kaon(SteepestDescent):
             layout=layout,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )
 
 
@@ -114,6 +117,7 @@ class SpectralControl(SteepestDescent):
         layout: how parameters are seen as matrices, see `steepest.optim.layout.Layout`.
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Source:
         Shumaylov et al. 2026, arXiv 2605.11181.
@@ -144,6 +148,7 @@ class SpectralControl(SteepestDescent):
         layout: LayoutName = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         if kind not in _CONTROLS:
             raise ValueError(f"kind must be one of {', '.join(_CONTROLS)}; got {kind!r}")
@@ -165,6 +170,7 @@ class SpectralControl(SteepestDescent):
             layout=layout,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
             seed=seed,
             draws=0,
         )

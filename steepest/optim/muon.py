@@ -51,6 +51,7 @@ class Muon(SteepestDescent):
         step_rule: `Unit()` by default; `Sharp()` makes the length follow the nuclear norm.
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Source:
         Jordan, Jin, Boza, You, Cesista, Newhouse and Bernstein 2024, Muon; Liu et al. 2025, arXiv 2502.16982
@@ -87,6 +88,7 @@ class Muon(SteepestDescent):
         step_rule: StepRule | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         form: MomentumForm = momentum_form
         super().__init__(
@@ -111,6 +113,7 @@ class Muon(SteepestDescent):
             step_rule=step_rule,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )
 
     def _translated(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class NormalizedDescent(SteepestDescent):
         nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"`` gradients with NaN or infinity.
         maximize: ascend instead.
         foreach: False treats one parameter at a time.
+        compile: see `SteepestDescent`.
 
     Source:
         Cutkosky and Mehta 2020, arXiv 2002.03305 (normalised SGD with momentum).
@@ -51,6 +52,7 @@ class NormalizedDescent(SteepestDescent):
         nonfinite: NonFinite = "raise",
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         if scope not in ("parameter", "all"):
             raise ValueError(f"scope must be 'parameter' or 'all', got {scope!r}")
@@ -65,4 +67,5 @@ class NormalizedDescent(SteepestDescent):
             step_rule=Joint() if scope == "all" else Unit(),
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )

@@ -61,6 +61,7 @@ class Scion(SteepestDescent):
         step_rule: `Unit()` by default.
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Source:
         Pethick, Xie, Antonakopoulos, Zhu, Silveti-Falls and Cevher 2025, arXiv 2502.07529.
@@ -96,6 +97,7 @@ class Scion(SteepestDescent):
         step_rule: StepRule | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         self._whole = False
         super().__init__(
@@ -111,6 +113,7 @@ class Scion(SteepestDescent):
             step_rule=step_rule,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
             radius=radius,
         )
         self._whole = True

@@ -34,6 +34,7 @@ class ScionLight(Scion):
         transposed: parameters are stored (in, out).
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: see `SteepestDescent`.
 
     Raises:
         ValueError: momentum of zero, ``nonfinite="skip"`` (a bad gradient stays in the sum), or what `Scion` refuses.
@@ -68,6 +69,7 @@ class ScionLight(Scion):
         transposed: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         self._momentum = momentum
         super().__init__(
@@ -83,6 +85,7 @@ class ScionLight(Scion):
             transposed=transposed,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

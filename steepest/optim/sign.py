@@ -26,6 +26,7 @@ class SignDescent(SteepestDescent):
         nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"`` gradients with NaN or infinity.
         maximize: ascend instead.
         foreach: False treats one parameter at a time.
+        compile: see `SteepestDescent`.
 
     Source:
         Chen et al. 2023, arXiv 2302.06675 (Lion); Bernstein et al. 2018, arXiv 1802.04434 (signSGD, Signum).
@@ -48,6 +49,7 @@ class SignDescent(SteepestDescent):
         nonfinite: NonFinite = "raise",
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -60,4 +62,5 @@ class SignDescent(SteepestDescent):
             nonfinite=nonfinite,
             maximize=maximize,
             foreach=foreach,
+            compile=compile,
         )

@@ -82,6 +82,7 @@ class SymmetryStack(Mixed):
         nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"`` gradients with NaN or infinity, before anything is changed.
         maximize: ascend instead.
         foreach: False treats one matrix at a time.
+        compile: of the matrices' part, see `SteepestDescent`.
 
     Raises:
         ValueError: no group, a parameter in two groups, or one that does not fit its rule.
@@ -110,6 +111,7 @@ class SymmetryStack(Mixed):
         nonfinite: "NonFinite" = "raise",
         maximize: bool = False,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         from steepest.optim.engine import SteepestDescent
 
@@ -124,7 +126,7 @@ class SymmetryStack(Mixed):
         parts: dict[str, Optimizer] = {}
         if engine:
             parts["symmetry"] = SteepestDescent(
-                engine, momentum=momentum, nonfinite="ignore", maximize=maximize, foreach=foreach
+                engine, momentum=momentum, nonfinite="ignore", maximize=maximize, foreach=foreach, compile=compile
             )
         if adamw:
             parts["adamw"] = torch.optim.AdamW(

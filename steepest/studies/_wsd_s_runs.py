@@ -24,6 +24,7 @@ from steepest.optim.schedules import (
     oracle_cosine,
     wsds,
 )
+from steepest.optim.schedules.plans import Reference, decay_lengths
 
 EMA_DECAY = 0.995
 
@@ -154,7 +155,10 @@ def train(problem: Problem, state: State, updates: int, watch: Watch | None = No
 
 @dataclass
 class Family:
-    """The schedules that are compared, with everything that they share."""
+    """The schedules that are compared, with everything that they share.
+
+    All decays are `decay` of the budget so far, which is what a WSD run for that budget has: equal shares of compute.
+    """
 
     checkpoints: tuple[int, ...]
     floor_ratio: float
@@ -165,7 +169,12 @@ class Family:
     def shared(self) -> dict[str, Any]:
         return {"floor_ratio": self.floor_ratio, "warmup": self.warmup}
 
-    def wsds(self, reference: Any = "cycle") -> Schedule:
+    @property
+    def decays(self) -> list[int]:
+        """D_k."""
+        return decay_lengths(self.checkpoints, self.decay, "total")
+
+    def wsds(self, reference: Reference = "total") -> Schedule:
         return wsds(self.checkpoints, decay=self.decay, reference=reference, **self.shared)
 
     def cyclic_cosine(self) -> Schedule:
@@ -176,11 +185,6 @@ class Family:
 
     def trunk(self) -> Schedule:
         return open_ended(warmup=self.warmup)
-
-    def cycle_decays(self) -> list[int]:
-        """D_k of WSD-S."""
-        before = (0, *self.checkpoints[:-1])
-        return [int(self.decay * (mark - last) + 1e-9) for last, mark in zip(before, self.checkpoints, strict=True)]
 
 
 def at_checkpoints(problem: Problem, state: State, family: Family, watch: Watch | None = None) -> list[float]:
@@ -205,7 +209,7 @@ class Trunk:
         losses: of the batches, all updates.
         constant, averaged: reported losses at the checkpoints, of the weights and of their moving average.
         equal: reported losses of the branches at equal compute, one for each checkpoint.
-        same: reported losses of branches with the decays of WSD-S, at equal updates.
+        same: reported losses of branches at equal updates, and so with branches not counted.
         before: of the last branch at equal compute, with D updates of decay: the reported losses 2 D and D updates
             before its end, and there.
     """
@@ -221,7 +225,7 @@ class Trunk:
 def wsd_branches(problem: Problem, seed: int, lr: float, family: Family, *, only_equal: bool = False) -> Trunk:
     """WSD for several budgets."""
     points = branch_points(family.checkpoints, decay=family.decay, warmup=family.warmup)
-    same = [] if only_equal else zip(family.checkpoints, family.cycle_decays(), strict=True)
+    same = [] if only_equal else zip(family.checkpoints, family.decays, strict=True)
     starts = [(p.start, p.decay, "equal") for p in points] + [(mark - down, down, "same") for mark, down in same]
     far = points[-1].start - points[-1].decay
     found = Trunk()
@@ -254,13 +258,13 @@ def compare(problem: Problem, seed: int, lrs: Mapping[str, float], family: Famil
 
     lr = lrs["wsds"]
     ours = at_checkpoints(problem, start(problem, seed, lr, family.wsds()), family, keep)
-    total = at_checkpoints(problem, start(problem, seed, lr, family.wsds("total")), family)
+    cycle = at_checkpoints(problem, start(problem, seed, lr, family.wsds("cycle")), family)
     trunk = wsd_branches(problem, seed, lrs["wsd"], family)
     never = trunk if lrs["wsd"] == lr else wsd_branches(problem, seed, lr, family)
     cosine = lrs["cyclic cosine"]
     return {
         "WSD-S": ours,
-        "WSD-S, decays of the total": total,
+        "WSD-S, decays of the cycle": cycle,
         "WSD": trunk.equal,
         "WSD before": trunk.before,
         "WSD, same decays": never.same,

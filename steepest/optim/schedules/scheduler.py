@@ -31,8 +31,8 @@ class ScheduledLR(LRScheduler):
     **The clock counts optimizer updates.** `step()` advances it by one if the optimizer made an update since the last
     `step()`. So call `scheduler.step()` wherever you like, as often as you like: micro-batches of an accumulated
     gradient, steps that a GradScaler left out (fused optimizers included), and steps that an optimizer of this library
-    skipped (``nonfinite="skip"``) do not count. As long as the optimizer has made no update at all and there is no
-    gradient, `step()` always advances, so that a schedule can be rehearsed; so call it before `zero_grad` if a
+    skipped (``nonfinite="skip"``) do not count. As long as the optimizer has made no update with a gradient and there
+    is none, `step()` always advances, so that a schedule can be rehearsed; so call it before `zero_grad` if a
     GradScaler may leave out the very first steps. ``count="calls"`` is torch's rule, every call counts: for optimizers
     whose updates happen elsewhere (an engine that never calls their `step`).
 
@@ -264,9 +264,7 @@ class ScheduledLR(LRScheduler):
         if self.count == "calls" or self._updated:
             self._idle = 0
             return True
-        if not self._ever and not any(
-            parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"]
-        ):
+        if not self._ever and not _has_gradients(self.optimizer):
             return True
         self._idle += 1
         if self._idle == _IDLE_CALLS:
@@ -303,7 +301,8 @@ class ScheduledLR(LRScheduler):
         if isinstance(found, Tensor) and bool(found):
             return
         if _skips(optimizer) == self._skips:
-            self._updated = self._ever = True
+            self._updated = True
+            self._ever = self._ever or _has_gradients(optimizer)
 
 
 def _peaks(peak: Any, groups: int) -> list[float] | None:
@@ -320,6 +319,10 @@ def _skips(optimizer: Optimizer) -> int:
     """Steps that the optimizer itself left out, if it counts them."""
     count = getattr(optimizer, "skipped_steps", 0)
     return count if isinstance(count, int) else 0
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, distributed, freon, spectral
+from benchmarks import cheap, distributed, freon, schedules, spectral
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"spectral": spectral, "cheap": cheap, "freon": freon, "distributed": distributed}
+SUITES = {"spectral": spectral, "cheap": cheap, "freon": freon, "schedules": schedules, "distributed": distributed}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

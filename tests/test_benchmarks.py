@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import cheap, distributed, spectral
+from benchmarks import cheap, distributed, schedules, spectral
 from benchmarks.timing import interleaved_medians
 
 TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
@@ -35,6 +35,16 @@ def test_processes_send_each_part_once(tmp_path: Path, capsys: pytest.CaptureFix
     assert [row["sent / floor"] is None for row in rows] == [True, False, False]
     assert all(row["ms a step"] > 0 for row in rows)
     assert not list(distributed.rows(1, torch.device("meta")))
+
+
+def test_schedules_are_timed_by_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(schedules, "STEPS", 300)
+    program.main(["schedules", "--repeats", "1", "--out", str(tmp_path), "--device", "cpu"])
+    rows = json.loads((tmp_path / "schedules-cpu.json").read_text())["rows"]
+    assert len(rows) == 5 and all(row["us a step"] > 0 for row in rows)
+    assert "300 steps" in capsys.readouterr().out
 
 
 def test_our_update_is_closer_to_orthogonal_than_torchs() -> None:

@@ -11,8 +11,8 @@ from steepest.optim.schedules import WSD, WSDS
 
 TITLE = "Schedules: a million scheduler steps"
 DESCRIPTION = (
-    "Warm-up of 1 %, a decay of the last 10 %, linear or 1-sqrt, to a tenth; one parameter group; only scheduler.step() is "
-    "called. WSDS has ten cycles."
+    "Warm-up of 1 %, a decay of the last 10 %, linear or 1-sqrt, to a tenth; one parameter group; only "
+    "scheduler.step() is called. WSDS has ten cycles."
 )
 BASE = "torch SequentialLR"
 STEPS = 1_000_000

@@ -12,13 +12,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from steepest.optim.checks import check_number, check_parameter
 from steepest.optim.differentiate import (
+    add_scaled_,
     evaluate,
     gradients_of,
     hessian_product,
     norm,
     random_state,
     refuse_dead_ends,
-    scaled,
     set_random_state,
 )
 from steepest.optim.placement import is_sharded
@@ -259,8 +259,7 @@ class DAL(Optimizer):
         now = random_state(params)
         scale = torch.where(length > 0, OFFSET / torch.where(length > 0, length, 1), 0)
         try:
-            for p, shift in zip(moved, scaled(g, scale), strict=True):
-                p.add_(shift)
+            add_scaled_(moved, g, scale)
             set_random_state(replay)
             again = evaluate(closure, params)
             if isinstance(loss, Tensor) and again is loss:
@@ -274,7 +273,8 @@ class DAL(Optimizer):
             for p, old in zip(moved, saved, strict=True):
                 p.copy_(old)
             set_random_state(now)
-        return [-own if new is None else new - own for new, own in zip(found, g, strict=True)]
+        new = [torch.zeros_like(own) if x is None else x.detach() for x, own in zip(found, g, strict=True)]
+        return list(torch._foreach_sub(new, g))
 
     def _check_finite(self, curvature: tuple[Tensor, Tensor] | None, gradients: Sequence[Tensor], number: int) -> None:
         if self.nonfinite == "ignore":
@@ -305,15 +305,17 @@ class DAL(Optimizer):
             self.last_drift = self.last_lr.square() / 2 * curvature[1]
 
     def _apply(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any], rate: Tensor) -> None:
-        update = scaled(gradients, -rate if self.maximize else rate)
-        if group["momentum"] > 0:
-            buffers = [self._buffer(p) for p in params]
+        sign = -1.0 if self.maximize else 1.0
+        buffers = [self._buffer(p) for p in params] if group["momentum"] > 0 else []
+        if buffers:
             torch._foreach_mul_(buffers, float(group["momentum"]))
-            torch._foreach_add_(buffers, update)
-            update = buffers
+            add_scaled_(buffers, gradients, rate, sign)
         if group["weight_decay"] > 0:
-            torch._foreach_sub_(params, scaled(params, rate * group["weight_decay"]))
-        torch._foreach_sub_(params, update)
+            torch._foreach_mul_(params, (1 - rate * group["weight_decay"]).to(params[0].device))
+        if buffers:
+            torch._foreach_sub_(params, buffers)
+        else:
+            add_scaled_(params, gradients, rate, -sign)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

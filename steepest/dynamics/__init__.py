@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from steepest.dynamics.game_flow import GameFlow, game_order
     from steepest.dynamics.games import GameDrift, GameTerms, TwoPlayer, game_drift
+    from steepest.dynamics.geometric_complexity import geometric_complexity
     from steepest.dynamics.implicit_bias import LinearAdam, LinearSteepestDescent
     from steepest.dynamics.integration import integrate
     from steepest.dynamics.linear_stability import (
@@ -114,6 +115,7 @@ __all__ = [
     "frobenius_threshold",
     "game_drift",
     "game_order",
+    "geometric_complexity",
     "integrate",
     "is_separable",
     "local_error",
@@ -171,6 +173,7 @@ _HOMES = {
     "diagonal_linear": ("DiagonalLinearNet",),
     "game_flow": ("GameFlow", "game_order"),
     "games": ("GameDrift", "GameTerms", "TwoPlayer", "game_drift"),
+    "geometric_complexity": ("geometric_complexity",),
     "implicit_bias": ("LinearAdam", "LinearSteepestDescent"),
     "linear_stability": (
         "LinearStability",

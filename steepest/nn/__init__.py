@@ -1,10 +1,11 @@
-"""Layers and parts of layers that papers add: routers of mixtures of experts, and what keeps their load balanced."""
+"""Layers and parts of layers that papers add: balanced routers of mixtures of experts, spectral normalisation."""
 
 from steepest.nn.balancing import Balancer, CombinedBalancer, StatefulBalancer
 from steepest.nn.baselines import GlobalSwitchBalancer, LossFreeBalancer, SwitchBalancer
 from steepest.nn.metrics import dead_experts, load_cv, load_entropy, load_metrics, max_violation
 from steepest.nn.phi import POTENTIALS, PhiBalancer
 from steepest.nn.routing import BALANCERS, Router, Routing, make_balancer
+from steepest.nn.spectral_norm import SpectralNorm, spectral_norm
 
 __all__ = [
     "BALANCERS",
@@ -16,6 +17,7 @@ __all__ = [
     "PhiBalancer",
     "Router",
     "Routing",
+    "SpectralNorm",
     "StatefulBalancer",
     "SwitchBalancer",
     "dead_experts",
@@ -24,4 +26,5 @@ __all__ = [
     "load_metrics",
     "make_balancer",
     "max_violation",
+    "spectral_norm",
 ]

@@ -11,12 +11,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, distributed, freon, schedules, spectral
+from benchmarks import cheap, dal, distributed, freon, schedules, spectral
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"spectral": spectral, "cheap": cheap, "freon": freon, "schedules": schedules, "distributed": distributed}
+SUITES = {
+    "spectral": spectral,
+    "cheap": cheap,
+    "freon": freon,
+    "schedules": schedules,
+    "dal": dal,
+    "distributed": distributed,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -239,6 +239,23 @@ def test_accumulated_gradients_count_once() -> None:
     assert scheduler.last_epoch == 6
 
 
+def test_accelerate_counts_updates() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ours = WSDS(optimizer, (4, 8), decay=0.5)
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=3, cpu=True)
+    batches = torch.utils.data.DataLoader(torch.randn(24, 4), batch_size=2)
+    model, optimizer, batches, scheduler = accelerator.prepare(model, optimizer, batches, ours)
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch).square().mean())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert ours.last_epoch == 4 and ours.is_checkpoint()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_a_grad_scaler_leaves_out_do_not_count(fused: bool) -> None:
     model = net()

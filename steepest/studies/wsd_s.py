@@ -287,7 +287,7 @@ def _comparison(run: Run) -> dict[str, Any]:
     characters = run.pick(smoke=Characters(16, 1, 16, 2, 4, 200_000), desktop=Characters())
     checkpoints, warmup = run.pick(smoke=((10, 20, 40), 2), desktop=((200, 400, 800), 20))
     family = Family(checkpoints, floor_ratio=0.1, warmup=warmup)
-    grid = run.pick(smoke=(3e-3,), desktop=(2e-3, 4e-3, 8e-3, 1.6e-2))
+    grid = run.pick(smoke=(3e-3,), desktop=(4e-3, 8e-3, 1.6e-2, 3.2e-2))
     lrs, tuning = _tuned(run, characters, grid, family)
     found["transformer"] = [_one(run, "transformer", characters, seed, lrs, family) for seed in run.seeds(seeds)]
     return {**found, "best rates": lrs, "tuning": tuning}

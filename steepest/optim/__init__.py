@@ -32,6 +32,7 @@ from steepest.optim.mixed import Mixed
 from steepest.optim.muon import Muon
 from steepest.optim.normalized import NormalizedDescent
 from steepest.optim.radius_clip import RadiusClip
+from steepest.optim.radius_sgd import RadiusSGD
 from steepest.optim.recipes import Recipe
 from steepest.optim.roles import ParameterRole, Role, Roles, roles
 from steepest.optim.schedules import (
@@ -89,6 +90,7 @@ __all__ = [
     "OracleCosine",
     "ParameterRole",
     "RadiusClip",
+    "RadiusSGD",
     "RandomCount",
     "RandomLayers",
     "Recipe",

@@ -44,7 +44,7 @@ def _train(
     """Train the network of study D; clip None is Scion.
 
     Returns:
-        Excess training loss (None: not finite), test accuracy, a checksum of the weights, the largest loss of a batch,
+        Excess training loss (None: not finite), test accuracy, the weights in one vector, the largest loss of a batch,
         and the mean gap <d, v> of the first and the last epoch.
     """
     generator, epochs = run.generator(seed), run.pick(smoke=1, desktop=15)
@@ -76,12 +76,11 @@ def _train(
     with torch.no_grad():
         loss = float(cross_entropy(model(train_x), train_y, label_smoothing=0.1)) - SMALLEST_LOSS
         accuracy = float((model(test_x).argmax(1) == test_y).float().mean())
-        checksum = float(sum((weight.double() * (i + 1)).sum() for i, weight in enumerate(weights)))
     each = steps // epochs
     return {
         "loss": loss if math.isfinite(loss) else None,
         "accuracy": accuracy,
-        "weights": checksum,
+        "weights": torch.cat([weight.detach().flatten() for weight in weights]),
         "peak": min(peak, 1e300),
         "gaps": [fmean(gaps[:each]), fmean(gaps[-each:])] if gaps else [],
     }
@@ -139,7 +138,7 @@ def thresholds(run: Run) -> dict[str, Any]:
         "middle": middle,
         "best middle": min(means),
         "tiny": [end["loss"] for end in tiny],
-        "tiny against scion": max(abs(a[key] - b[key]) for a, b in pairs for key in ("loss", "weights")),
+        "tiny against scion": max(float((a["weights"] - b["weights"]).abs().max()) for a, b in pairs),
         "steepest descent": [end["loss"] for end in unclipped],
         "peak of steepest descent": [end["peak"] for end in unclipped],
         "start": math.log(10) - SMALLEST_LOSS,

@@ -113,13 +113,13 @@ CLAIMS = (
         "better.",
         reported="GPT: validation loss 3.355 to 3.370 over thresholds; unclipped fails",
         criterion="digits, lr 2^-4, 3 seeds: mean excess loss of the best middle threshold below half of that of a "
-        "tiny one; the tiny one equals Scion to 1e-6; without clipping, as steep as the best, the loss rises above "
-        "ten times its start and does not end below 0.99 of it, for every seed",
+        "tiny one; every weight of the tiny one equals Scion's to 1e-6; without clipping, as steep as the best, the "
+        "loss rises above ten times its start, and ends there, higher or not finite (to 1e-6), for every seed",
         judge=lambda m: [
             m["best middle"] < 0.5 * fmean(m["tiny"]),
             m["tiny against scion"] <= 1e-6,
             all(
-                peak > 10 * m["start"] and number(loss) >= 0.99 * m["start"]
+                peak > 10 * m["start"] and number(loss) >= m["start"] - 1e-6
                 for peak, loss in zip(m["peak of steepest descent"], m["steepest descent"], strict=True)
             ),
         ],
@@ -136,9 +136,9 @@ CLAIMS = (
         id="C9",
         statement="With a constant step, Clipped Scion reaches Scion's loss in 7 % fewer steps on a transformer.",
         reported="more than 10 % fewer steps on GPT (124M, 1B), 11 % on DeiT-B",
-        criterion="two-layer transformer on text of a Markov chain, each tuned over as many settings, 3 seeds: mean "
-        "ratio of the steps to Scion's final validation loss at most 0.93 (a run that does not reach it counts whole)",
-        judge=lambda m: fmean(m["ratio of steps"]) <= 0.93,
+        criterion="two-layer transformer on text of a Markov chain, each tuned over as many settings: ratio of the "
+        "steps to Scion's final validation loss at most 0.93, reached by each of 3 seeds",
+        judge=lambda m: all(m["reached"]) and max(m["ratio of steps"]) <= 0.93,
     ),
 )
 

@@ -45,3 +45,25 @@ def test_the_claim_about_constant_rates(clipped: float | None, large: float | No
         "at 2^-3": {"scion": {"loss": 1.0}, "clipped": {"loss": large}},
     }
     assert judged("C5", measured) == verdict
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reached", "verdict"),
+    [
+        ([0.9, 0.93, 0.5], [True, True, True], "holds"),
+        ([0.5, 0.5, 0.94], [True, True, True], "does not hold here"),
+        ([0.5, 0.5, 0.9], [True, True, False], "does not hold here"),
+    ],
+)
+def test_every_seed_must_reach_the_loss_in_fewer_steps(ratios: list[float], reached: list[bool], verdict: str) -> None:
+    assert judged("C9", {"ratio of steps": ratios, "reached": reached}) == verdict
+
+
+@pytest.mark.parametrize(
+    ("peak", "end", "verdict"),
+    [(1e9, 1.8, "holds"), (1e9, None, "holds"), (1e9, 1.79, "partly"), (2.0, 1.9, "partly")],
+)
+def test_steepest_descent_must_blow_up_and_stay_there(peak: float, end: float | None, verdict: str) -> None:
+    measured = {"best middle": 0.1, "tiny": [0.3], "tiny against scion": 0.0, "start": 1.8}
+    measured |= {"peak of steepest descent": [peak], "steepest descent": [end]}
+    assert judged("C7", measured) == verdict

@@ -190,14 +190,19 @@ class PrincipalFlow(Flow):
 
 
 def principal_coefficient(z: Inexact[Tensor, "*shape"]) -> Complex[Tensor, "*shape"]:
-    r"""$\alpha(z) = \log(1 - z) / z$ with the principal logarithm, $\alpha(0) = -1$.
+    r"""$\alpha(z) = \log(1 - z) / z$, with $\alpha(0) = -1$.
 
-    Its real part is negative for every real z < 2 (the loss falls along this direction), zero at 2, and positive above.
-    Its imaginary part is not zero exactly for z > 1. At the pole z = 1, $\log|1 - z|$ is floored at -100.
+    For real z the logarithm is the principal one: $\ln|1 - z|$, and $+ i\pi$ for z > 1. Re $\alpha$ is negative for
+    every z < 2 (the loss falls along this direction), zero at 2, and positive above; Im $\alpha$ is not zero exactly
+    for z > 1. At the pole z = 1, $\ln|1 - z|$ is floored at -100.
+
+    At complex z these values are continued without a jump: arg(1 - z) lies in $(-\pi/2, 3\pi/2]$. The principal
+    logarithm jumps by $2\pi i$ across the real axis above 1, just where the eigenvalues are while gradient descent
+    oscillates, so that a loss ever so little different from a quadratic would turn the flow around. It differs from
+    this one only where Re z > 1 and Im z > 0.
 
     Args:
-        z: $h\lambda$, real or complex. An imaginary part that is rounding noise counts as +0, so that the logarithm of
-            a negative number always has the imaginary part $+\pi$.
+        z: $h\lambda$, real or complex.
 
     Returns:
         Complex numbers of the precision of `z`.
@@ -208,8 +213,8 @@ def principal_coefficient(z: Inexact[Tensor, "*shape"]) -> Complex[Tensor, "*sha
         0.5 * torch.log1p((x * x + y * y - 2 * x).clamp_min(-1)),
         torch.hypot(1 - x, y).log(),
     ).clamp_min(FLOOR)
-    noise = 16 * torch.finfo(x.dtype).eps * (1 + torch.hypot(x, y))
-    angle = torch.where((x > 1) & (y.abs() <= noise), math.pi, torch.atan2(-y, 1 - x))
+    angle = torch.atan2(-y, 1 - x)
+    angle = torch.where((x > 1) & (angle < 0), angle + 2 * math.pi, angle)
     zero = (x == 0) & (y == 0)
     found = torch.complex(modulus, angle) / torch.complex(torch.where(zero, 1.0, x), y)
     return torch.where(zero, torch.complex(-torch.ones_like(x), torch.zeros_like(x)), found)

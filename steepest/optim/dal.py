@@ -206,7 +206,7 @@ class DAL(Optimizer):
     ) -> tuple[Any, list[Tensor | None], tuple[Tensor, Tensor] | None]:
         """The loss, the gradients, and (‖g‖, ‖Hg‖) if they are needed."""
         exact = self.hvp == "exact" and self._twice_differentiable
-        replay = None if exact and not adapted else random_state(params)
+        replay = None if exact and (self._graph_seen or not adapted) else random_state(params)
         loss = evaluate(closure, params)
         if not params:
             return loss, [], None

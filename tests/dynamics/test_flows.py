@@ -69,7 +69,9 @@ def test_the_principal_coefficient() -> None:
     z = double(0, 0.5, 1.5, 2, 2.5, -3)
     real = [-1, -1.3862943611, -0.4620981204, 0, 0.1621860432, -0.4620981204]
     imaginary = [0, 0, 2.0943951024, 1.5707963268, 1.2566370614, 0]
-    for argument in (z, torch.complex(z, torch.zeros_like(z)), torch.complex(z, torch.full_like(z, -1e-17))):
+    for noise in (0.0, -0.0, 1e-17, -1e-17):
+        complex_close(principal_coefficient(torch.complex(z, torch.full_like(z, noise))), real, imaginary, 1e-10)
+    for argument in (z, torch.complex(z, torch.zeros_like(z))):
         complex_close(principal_coefficient(argument), real, imaginary, 1e-10)
     assert complex(principal_coefficient(double(1.0))[0]) == -100
     tiny = double(1e-12, -1e-9, 1e-300)
@@ -83,7 +85,9 @@ def test_the_principal_coefficient_inverts_the_exponential(x: float, y: float) -
     if abs(1 - complex(x, y)) > 1e-6 and abs(y) > 1e-9:
         found = principal_coefficient(z)
         torch.testing.assert_close((found * z).exp(), 1 - z, rtol=1e-12, atol=1e-12)
-        assert -math.pi <= float((found * z).imag) <= math.pi
+        assert -math.pi / 2 <= float((found * z).imag) <= 1.5 * math.pi
+        if not (x > 1 and y > 0):
+            torch.testing.assert_close(found, (1 - z).log() / z, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,22 @@ def test_the_principal_flow_is_gradient_descent_on_quadratics_that_diverge_and_h
         theta = theta - h * (matrix @ theta + shift)
     between = integrate(PrincipalFlow(loss, h), randn(4, seed=2), 2.5 * h, "exact_quadratic")
     assert float(between.imag.norm()) > 0.1
+
+
+@pytest.mark.parametrize("h", [0.6, 0.9, 1.05])
+def test_it_follows_oscillation_and_divergence_on_losses_that_are_nearly_quadratic(h: float) -> None:
+    """The eigenvalues are complex on the way, on both sides of the real axis."""
+
+    def loss(theta: Tensor) -> Tensor:
+        return theta[0] ** 2 + 0.01 * theta[1] ** 2 + 0.01 * theta[0] ** 2 * theta[1] ** 2
+
+    theta = double(-0.35, -0.2)
+    states = integrate(PrincipalFlow(loss, h), theta, [h, 2 * h, 3 * h], "dop853", tol=1e-8)
+    plain = integrate(NGF(loss, h), theta, [h, 2 * h, 3 * h], "dop853", tol=1e-8)
+    for state, other in zip(states, plain, strict=True):
+        theta = theta - h * Derivatives(loss, theta).gradient
+        assert float((state - theta).norm()) < 0.005 * float(theta.norm())
+        assert float((other - theta).norm()) > 0.05 * float(theta.norm())
 
 
 @pytest.mark.parametrize("flow", [NGF(bowl, 0.9), IGR(bowl, 0.9), ThirdOrder(bowl, 0.9), PrincipalFlow(bowl, 0.9)])

@@ -589,3 +589,19 @@ def test_hooks_closures_and_names() -> None:
     assert next(model.parameters()).grad is None
     with contextlib.suppress(AttributeError):
         repr(optimizer).index("factor")
+
+
+def test_a_step_without_the_check_reads_nothing_from_the_device() -> None:
+    """Tensors on the device "meta" have no numbers to read."""
+    w, v = (Parameter(torch.ones(shape, device="meta")) for shape in ((4, 3), (4,)))
+
+    def closure() -> Tensor:
+        return (w.sin() @ torch.ones(3, device="meta") * v).square().sum()
+
+    optimizer = DAL([w, v], momentum=0.5, weight_decay=0.1, nonfinite="ignore", factor=1.0)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")  # the constructor reads it once
+    for _ in range(2):
+        optimizer.step(closure)
+    assert optimizer.last_lr is not None and optimizer.last_lr.is_meta
+    with pytest.raises(RuntimeError, match="meta"):
+        DAL([w, v]).step(closure)

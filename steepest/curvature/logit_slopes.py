@@ -106,6 +106,10 @@ class LogitFunction:
         """Logits at parameters (those not given: as they are), in eval mode; buffers are copies, nothing is changed."""
         values = dict(parameters)
         wide = next((value.dtype for value in values.values()), None)
+        if self._widened(parameters):  # then all is to be float32
+            rest = {name: p.detach() for name, p in self.model.named_parameters() if name not in values}
+            values |= {name: _at_least_float32(value) for name, value in rest.items()}
+            inputs = _cast(inputs, torch.float32)
         values |= {name: _like(buffer, wide) for name, buffer in self.model.named_buffers()}
         target, prefix = (self.model, "") if self._through is None else (self._through, "model.")
         arguments, keywords = ((inputs,), {}) if self._through is not None else as_call(inputs)
@@ -114,6 +118,11 @@ class LogitFunction:
                 target, {prefix + name: value for name, value in values.items()}, arguments, keywords
             )
         return logits_of(output)
+
+    def _widened(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether parameters of low precision are replaced by wider ones."""
+        name = next(iter(parameters), None)
+        return name is not None and parameters[name].itemsize > self.model.get_parameter(name).itemsize
 
     def slopes(
         self,
@@ -156,8 +165,6 @@ class LogitFunction:
         """Derivative of the logits along `tangents`, by a central difference; in float32 at least."""
         parameters = {name: _at_least_float32(value) for name, value in parameters.items()}
         tangents = {name: tangent.to(parameters[name].dtype) for name, tangent in tangents.items()}
-        if any(value.dtype == torch.float32 for value in parameters.values()):
-            inputs = _cast(inputs, torch.float32)
         length, own = euclidean(tangents.values()), euclidean(parameters[name] for name in tangents)
         epsilon = max(torch.finfo(value.dtype).eps for value in parameters.values())
         wanted = 3 * epsilon ** (1 / 3)  # change of a gap: far above rounding, far below the radius

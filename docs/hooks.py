@@ -52,8 +52,12 @@ def evidence(slug: str) -> str:
 
 
 def benchmark() -> str:
-    """The stored benchmark tables, newest form of each."""
-    parts = [_benchmark(json.loads(path.read_text())) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+    """The stored benchmark tables, newest form of each; a table without its CUDA form says so."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        parts.append(_benchmark(json.loads(path.read_text())))
+        if path.stem.endswith("-cpu") and not path.with_stem(path.stem[:-4] + "-cuda").exists():
+            parts.append("On CUDA: not measured.")
     return "\n\n".join(parts) or "No table is stored yet. `make bench` measures and stores it."
 
 

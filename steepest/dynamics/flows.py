@@ -30,19 +30,7 @@ from torch import Tensor
 from steepest._checks import check_int
 from steepest.curvature import Hessian, top_eigenpairs
 from steepest.dynamics._derivatives import Derivatives, Loss, check_point
-from steepest.dynamics.integration import integrate
-
-__all__ = [
-    "IGR",
-    "NGF",
-    "Flow",
-    "PrincipalFlow",
-    "StabilityCoefficients",
-    "ThirdOrder",
-    "integrate",
-    "principal_coefficient",
-    "stability_coefficients",
-]
+from steepest.dynamics.integration import integrate as integrate
 
 DENSE_LIMIT = 4096
 FLOOR = -100.0

@@ -30,7 +30,7 @@ from torch import Tensor
 from steepest._checks import check_int
 from steepest.curvature import Hessian, top_eigenpairs
 from steepest.dynamics._derivatives import Derivatives, Loss, check_point
-from steepest.dynamics.integration import integrate as integrate
+from steepest.dynamics.integration import integrate  # noqa: F401
 
 DENSE_LIMIT = 4096
 FLOOR = -100.0

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from steepest.dynamics.modified_losses import ImplicitlyRegularizedLoss, MultiStepLoss, RandomOrderLoss
     from steepest.dynamics.network import NetworkSteepestDescent, spectral_margins, two_layer
+    from steepest.dynamics.network_radii import NetworkRadius, activation_radius, network_radius
     from steepest.dynamics.random_features import RandomFeatureQuadratic
     from steepest.dynamics.regression_paths import RegressionSGD
     from steepest.dynamics.river import WindingValley, river_residual
@@ -54,6 +55,19 @@ if TYPE_CHECKING:
         preconditioned,
         preconditioner,
     )
+    from steepest.dynamics.softmax_radius import (
+        StepRadius,
+        binary_radius,
+        dominance_radius,
+        exact_radius,
+        ghosts,
+        logit_slopes,
+        radius,
+        step_radius,
+        tight_radius,
+        top2_radius,
+    )
+    from steepest.dynamics.softmax_series import KLRemainder, kl_remainder, log_partition_series
     from steepest.dynamics.stability import StabilityReport, TraceStability, stability_report, trace_stability
     from steepest.dynamics.two_layer_relu import TwoLayerReLU
     from steepest.dynamics.variational_edge import (
@@ -79,6 +93,7 @@ __all__ = [
     "GameFlow",
     "GameTerms",
     "ImplicitlyRegularizedLoss",
+    "KLRemainder",
     "LinearAdam",
     "LinearStability",
     "LinearSteepestDescent",
@@ -89,6 +104,7 @@ __all__ = [
     "Modes",
     "Moments",
     "MultiStepLoss",
+    "NetworkRadius",
     "NetworkSteepestDescent",
     "NotSeparableError",
     "PrincipalFlow",
@@ -103,38 +119,52 @@ __all__ = [
     "StabilityCoefficients",
     "StabilityReport",
     "StepDrift",
+    "StepRadius",
     "ThirdOrder",
     "TraceStability",
     "TwoLayerReLU",
     "TwoPlayer",
     "WindingValley",
+    "activation_radius",
+    "binary_radius",
     "descent_modes",
     "descent_probability",
+    "dominance_radius",
     "edge_threshold",
+    "exact_radius",
     "expected_descent",
     "frobenius_threshold",
     "game_drift",
     "game_order",
     "geometric_complexity",
+    "ghosts",
     "integrate",
     "is_separable",
+    "kl_remainder",
     "local_error",
+    "log_partition_series",
+    "logit_slopes",
     "logit_terms",
     "margin",
     "margin_certificate",
     "max_margin",
     "mean_square_threshold",
     "measure_edge",
+    "network_radius",
     "noise_factor",
     "normalized_margin",
     "preconditioned",
     "preconditioner",
     "principal_coefficient",
+    "radius",
     "river_residual",
     "spectral_margins",
     "stability_coefficients",
     "stability_report",
     "step_drift",
+    "step_radius",
+    "tight_radius",
+    "top2_radius",
     "trace_stability",
     "trace_threshold",
     "two_layer",
@@ -206,6 +236,29 @@ _HOMES = {
         "expected_descent",
         "variational_factor",
         "vgd_threshold",
+    ),
+    "network_radii": (
+        "NetworkRadius",
+        "activation_radius",
+        "network_radius",
+    ),
+    "softmax_radius": (
+    ),
+        "StepRadius",
+        "binary_radius",
+        "dominance_radius",
+        "exact_radius",
+        "ghosts",
+        "logit_slopes",
+        "radius",
+        "step_radius",
+        "tight_radius",
+        "top2_radius",
+    ),
+    "softmax_series": (
+        "KLRemainder",
+        "kl_remainder",
+        "log_partition_series",
     ),
 }
 

@@ -29,7 +29,7 @@ def gradients_of(loss: Any, params: list[Tensor], called_backward: bool, graph: 
         if not loss.requires_grad:
             raise RuntimeError(
                 "the closure must return the loss with its graph, and this one is detached from all parameters "
-                "(computed under no_grad, or by detach() or item())"
+                "(computed under no_grad, by detach() or item(), or used in an earlier step)"
             )
         with torch.enable_grad():
             found = list(torch.autograd.grad(loss.sum(), params, create_graph=graph, allow_unused=True))

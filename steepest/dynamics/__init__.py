@@ -243,7 +243,6 @@ _HOMES = {
         "network_radius",
     ),
     "softmax_radius": (
-    ),
         "StepRadius",
         "binary_radius",
         "dominance_radius",

@@ -1,7 +1,7 @@
 r"""The cross-entropy along a step: its Taylor series, and the divergence between the softmax before and after.
 
-With logits $z + a\tau$ everything follows from $K(\tau) = \log \sum_k e^{z_k + a_k \tau}$, whose series has the radius of
-convergence that `exact_radius` finds.
+With logits $z + a\tau$ everything follows from $K(\tau) = \log \sum_k e^{z_k + a_k \tau}$, whose series has the
+radius of convergence that `exact_radius` finds.
 
 Source: Sao 2026, arXiv 2603.13552.
 """

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, dal, distributed, freon, schedules, spectral
+from benchmarks import cheap, dal, distributed, freon, radius, schedules, spectral
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
@@ -22,6 +22,7 @@ SUITES = {
     "freon": freon,
     "schedules": schedules,
     "dal": dal,
+    "radius": radius,
     "distributed": distributed,
 }
 

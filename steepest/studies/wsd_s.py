@@ -287,7 +287,7 @@ def _comparison(run: Run) -> dict[str, Any]:
     characters = run.pick(smoke=Characters(16, 1, 16, 2, 4, 200_000), desktop=Characters())
     checkpoints, warmup = run.pick(smoke=((10, 20, 40), 2), desktop=((200, 400, 800), 20))
     family = Family(checkpoints, floor_ratio=0.1, warmup=warmup)
-    grid = run.pick(smoke=(3e-3,), desktop=(4e-3, 8e-3, 1.6e-2, 3.2e-2))
+    grid = run.pick(smoke=(3e-3,), desktop=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2))
     lrs, tuning = _tuned(run, characters, grid, family)
     found["transformer"] = [_one(run, "transformer", characters, seed, lrs, family) for seed in run.seeds(seeds)]
     return {**found, "best rates": lrs, "tuning": tuning}
@@ -302,20 +302,22 @@ def _one(run: Run, name: str, problem: Problem, seed: int, lrs: dict[str, float]
 
 
 def _tuned(run: Run, problem: Problem, grid: tuple[float, ...], family: Family) -> tuple[dict[str, float], Any]:
-    """The rate of each schedule with the least loss at the last checkpoint, on a seed of its own."""
-    seed, best = 100, {}
+    """The rate of each schedule with the least mean loss at the last checkpoint, on seeds of its own."""
+    best: dict[str, float] = {}
     tuning: dict[str, list[float]] = {name: [] for name in TUNED}
     for lr in grid:
-        ends = [
-            at_checkpoints(problem, start(problem, seed, lr, family.wsds()), family)[-1],
-            wsd_branches(problem, seed, lr, family, only_equal=True).equal[-1],
-            at_checkpoints(problem, start(problem, seed, lr, family.cyclic_cosine()), family)[-1],
-        ]
-        for name, end in zip(TUNED, ends, strict=True):
-            tuning[name].append(end if math.isfinite(end) else math.inf)
+        ends: dict[str, list[float]] = {name: [] for name in TUNED}
+        for seed in range(100, 100 + run.pick(smoke=1, desktop=2)):
+            ends["wsds"].append(at_checkpoints(problem, start(problem, seed, lr, family.wsds()), family)[-1])
+            ends["wsd"].append(wsd_branches(problem, seed, lr, family, only_equal=True).equal[-1])
+            cosine = start(problem, seed, lr, family.cyclic_cosine())
+            ends["cyclic cosine"].append(at_checkpoints(problem, cosine, family)[-1])
+        for name in TUNED:
+            mean = fmean(ends[name])
+            tuning[name].append(mean if math.isfinite(mean) else math.inf)
         run.say(f"rate {lr:g}: {', '.join(f'{name} {tuning[name][-1]:.4f}' for name in TUNED)}")
-    for name, ends in tuning.items():
-        best[name] = grid[ends.index(min(ends))]
+    for name, means in tuning.items():
+        best[name] = grid[means.index(min(means))]
     return best, {"rates": list(grid), **tuning}
 
 

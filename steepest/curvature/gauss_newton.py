@@ -104,8 +104,9 @@ class _OutputCurvature(ParameterOperator):
     def _products(self, columns: Tensor) -> Tensor:
         result: Tensor | None = None
         for linearised, _, weight in self._linearised():
-            term = weight * columnwise(partial(self._rows, linearised), columns, self.chunk)
-            result = term if result is None else result.add_(term)
+            term = columnwise(partial(self._rows, linearised), columns, self.chunk)
+            term = term if weight == 1.0 else term * weight
+            result = term if result is None else result + term
         assert result is not None
         return result
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steepest._checks import check_int
 from steepest.curvature._problem import Batches, Loss, ModelPoint, Point, scalar, split_batch
+from steepest.curvature._twice import Twice
 from steepest.curvature.operator import LinearOperator
 
 RETAINED = 8  # graphs of at most so many batches are kept between products
@@ -36,36 +38,39 @@ class Pullback:
         self.kept, self.outputs = [i for i, _ in kept], [t for _, t in kept]
         self.inputs, self.batched = list(inputs), True
 
-    def __call__(self, rows: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    def __call__(self, rows: Sequence[Tensor]) -> list[Tensor | None]:
         """Tensors (k, *input shape) for cotangents (k, *output shape); None where nothing depends on the input."""
-        k = rows[0].shape[0]
-        cotangents = [rows[i] for i in self.kept]
         if not self.outputs:
             return [None] * len(self.inputs)
-        if k == 1 or not self.batched:
-            return self._one_by_one(cotangents, k, create_graph)
+        cotangents = [rows[i] for i in self.kept]
+        if len(cotangents[0]) == 1 or not self.batched:
+            return self._one_by_one(cotangents)
         try:
-            return list(self._grad(cotangents, create_graph, True))
+            return self._together(cotangents)
         except RuntimeError as error:
-            if "vmap" not in str(error) and "batch" not in str(error).lower():
+            if not any(word in str(error).lower() for word in ("vmap", "batch")):
                 raise
             self.batched = False  # an operation without a batched backward pass
-            return self._one_by_one(cotangents, k, create_graph)
+            return self._one_by_one(cotangents)
 
-    def _one_by_one(self, cotangents: list[Tensor], k: int, create_graph: bool) -> list[Tensor | None]:
-        found = [self._grad([c[i] for c in cotangents], create_graph, False) for i in range(k)]
+    def _together(self, cotangents: list[Tensor]) -> list[Tensor | None]:
+        present: list[int] = []
+
+        def pull(*rows: Tensor) -> tuple[Tensor, ...]:
+            found = self._grad(rows)
+            present[:] = [i for i, part in enumerate(found) if part is not None]
+            return tuple(part for part in found if part is not None)
+
+        stacked = torch.vmap(pull)(*cotangents)
+        parts = dict(zip(present, stacked, strict=True))
+        return [parts.get(i) for i in range(len(self.inputs))]
+
+    def _one_by_one(self, cotangents: list[Tensor]) -> list[Tensor | None]:
+        found = [self._grad(row) for row in zip(*cotangents, strict=True)]
         return [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
 
-    def _grad(self, cotangents: list[Tensor], create_graph: bool, batched: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            self.outputs,
-            self.inputs,
-            cotangents,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+    def _grad(self, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.outputs, self.inputs, cotangents, retain_graph=True, allow_unused=True)
 
 
 class ParameterOperator(LinearOperator):
@@ -89,7 +94,8 @@ class _Linearised:
 
     def __init__(self, point: Point, loss: Callable[[Sequence[Tensor]], Tensor]) -> None:
         with torch.enable_grad():
-            value = loss(point.tensors)
+            with sdpa_kernel(SDPBackend.MATH), Twice():
+                value = loss(point.tensors)
             if not bool(value.detach().isfinite()):
                 raise FloatingPointError(f"the loss is {float(value.detach())} at this point: it has no curvature")
             if value.requires_grad:
@@ -263,8 +269,9 @@ class Hessian(ParameterOperator):
     def _products(self, columns: Tensor) -> Tensor:
         result: Tensor | None = None
         for linearised, weight in self._linearised():
-            term = weight * columnwise(partial(self._rows, linearised), columns, self.chunk)
-            result = term if result is None else result.add_(term)
+            term = columnwise(partial(self._rows, linearised), columns, self.chunk)
+            term = term if weight == 1.0 else term * weight
+            result = term if result is None else result + term
         assert result is not None
         return result
 
@@ -328,11 +335,17 @@ class Jacobian(ParameterOperator):
     def _prepare(self, point: Point, function: Callable[[Sequence[Tensor]], Any], chunk: int | None) -> None:
         if chunk is not None:
             check_int("chunk", chunk)
-        self.point, self.chunk, self._function = point, chunk, function
+        self.point, self.chunk = point, chunk
+
+        def unfused(tensors: Sequence[Tensor]) -> Any:
+            with sdpa_kernel(SDPBackend.MATH):
+                return function(tensors)
+
+        self._function = unfused
         self._graph: Pullback | None = None
         self._forward = True
         with torch.no_grad():
-            value = function(point.tensors)
+            value = unfused(point.tensors)
         if not isinstance(value, Tensor):
             raise TypeError(f"the output must be one tensor, got {type(value).__name__}")
         if value.is_complex():

@@ -201,7 +201,7 @@ def gram_matrix(source: PerExample, *, chunk: int | None = None, memory: int = 2
     if chunk is not None:
         check_int("chunk", chunk)
     each = source.outputs * source.size * source.point.dtype.itemsize
-    size = chunk or max(1, min(128, memory // (4 * each)))
+    size = chunk or max(1, min(64, memory // (4 * each)))
     parts = list(source.chunks(size))
     starts = [0]
     for _, _, f in parts:
@@ -321,8 +321,9 @@ def trace_stability(
     if not probes:
         total = 0.0
         with torch.no_grad():
-            for part in source.chunks(max(1, 2**26 // (source.outputs * source.size))):
-                total += float(source.rows(*part).double().square().sum())
+            for part in source.chunks(max(1, 2**23 // (source.outputs * source.size))):
+                rows = source.rows(*part).flatten(0, 1)
+                total += float(torch.linalg.vector_norm(rows, dim=-1).double().square().sum())
         return TraceStability(total / source.samples, 0.0, limit, source.outputs)
     found = torch.stack([source.probe(generator) for _ in range(probes)])
     error = float(found.std() / math.sqrt(probes)) if probes > 1 else math.nan

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import cheap, distributed, schedules, spectral
+from benchmarks import cheap, distributed, schedules, spectral, stability
 from benchmarks.timing import interleaved_medians
 
 TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
@@ -45,6 +45,16 @@ def test_schedules_are_timed_by_the_step(
     rows = json.loads((tmp_path / "schedules-cpu.json").read_text())["rows"]
     assert len(rows) == 5 and all(row["us a step"] > 0 for row in rows)
     assert "300 steps" in capsys.readouterr().out
+
+
+def test_ways_to_the_same_curvature_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stability, "NETWORK", (12, (3, 4, 1)))
+    monkeypatch.setattr(stability, "THRESHOLDS", ((6, 8, 1), (6, 8, 2)))
+    program.main(["stability", "--repeats", "1", "--out", str(tmp_path), "--device", "cpu"])
+    rows = json.loads((tmp_path / "stability-cpu.json").read_text())["rows"]
+    assert all(row["ms"] > 0 for row in rows)
+    exact = [row["relative error"] for row in rows if row["way"] == "trace_stability, exact"]
+    assert exact == [0.0]
 
 
 def test_our_update_is_closer_to_orthogonal_than_torchs() -> None:

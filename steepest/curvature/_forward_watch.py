@@ -59,11 +59,12 @@ class ForwardWatch:
 
     Args:
         model: the model, without wrappers.
+        outer: what the user calls: the model, or a wrapper around it.
         most: keep the logits of so many samples at most; None: of all.
     """
 
-    def __init__(self, model: nn.Module, most: int | None) -> None:
-        self.model, self.most = model, most
+    def __init__(self, model: nn.Module, outer: nn.Module, most: int | None) -> None:
+        self.model, self.outer, self.most = model, outer, most
         self.parameters = list(model.parameters())
         self.logits_module: str = ""  # where the logits come from; the model itself, or one within it
         self.active = True
@@ -152,8 +153,8 @@ class ForwardWatch:
         if "_handles" in self.__dict__:
             _remove(self._handles)
         self._handles: list[Any] = [
-            self.model.register_forward_pre_hook(_Enter(self), with_kwargs=True),
-            self.model.register_forward_hook(_Leave(self, True)),
+            self.outer.register_forward_pre_hook(_Enter(self), with_kwargs=True),
+            self.outer.register_forward_hook(_Leave(self, True)),
         ]
         if self.logits_module:
             module = self.model.get_submodule(self.logits_module)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,81 +11,19 @@ from torch import Tensor, nn
 from steepest.curvature._blocks import blocks, distance, joined, part
 from steepest.curvature._forward_watch import ForwardWatch, Seen
 from steepest.curvature.logit_slopes import (
-    Direction,
     LogitFunction,
     Logits,
     check_finite,
     check_nonempty,
     euclidean,
     map_tensors,
-    named_direction,
     tensors_in,
 )
-from steepest.curvature.softmax_radius import Reduce, check_positive, check_reduce, reduce_spreads, spread
+from steepest.curvature.softmax_radius import Reduce, reduce_spreads, spread
+from steepest.curvature.step_radius import StepRadius, checked_temperature, single_number
 
 MeterMethod = Literal["auto", "jvp", "fd"]
 _TRUST_FOR = 64  # measurements until logits of training are compared with those of eval mode again
-
-
-@dataclass(frozen=True)
-class StepRadius:
-    r"""One step, measured.
-
-    Attributes:
-        ratio: $r = \|p\| / \rho_a = \|p\| \Delta_a(v) / (\pi T)$, the step in units of the radius.
-        length: $\|p\|$, over all parameters that the step moves.
-    """
-
-    ratio: float
-    length: float
-
-    @property
-    def radius(self) -> float:
-        r"""$\rho_a$ along the step, in units of the parameters; infinite where no logit moves against another."""
-        return self.length / self.ratio if self.ratio else math.inf
-
-
-def step_radius(
-    model: nn.Module,
-    inputs: Any,
-    update: Direction,
-    *,
-    temperature: float = 1.0,
-    reduce: Reduce = "max",
-    method: Literal["jvp", "fd"] = "jvp",
-    logits: Logits | None = None,
-) -> StepRadius:
-    r"""The normalised length $r = \|p\| \Delta_a / (\pi T)$ of a step p, taken or only proposed, at the parameters now.
-
-    Below 1 the Taylor series of the loss of every sample in `inputs` converges along the whole step (with logits
-    linearised along it); it does not say that the loss falls.
-
-    Args:
-        model: see `logit_slopes`.
-        inputs: the samples, see `logit_slopes`.
-        update: p with all of its factors (learning rate, momentum, weight decay), as `logit_slopes` takes a direction;
-            its sign does not matter.
-        temperature: T, where the loss is on z / T.
-        reduce: see `radius`.
-        method: see `logit_slopes`.
-        logits: see `logit_slopes`.
-
-    Source:
-        Sao 2026, arXiv 2603.13552.
-    """
-    check_nonempty(inputs)
-    function = LogitFunction(model, logits)
-    moved = named_direction(function.model, update)
-    length = euclidean(moved.values())
-    if not math.isfinite(length):
-        raise FloatingPointError("update must be finite, got NaN or infinity")
-    if length == 0:
-        return StepRadius(0.0, 0.0)
-    parameters = {name: value.detach() for name, value in function.model.named_parameters()}
-    unit = {name: value / length for name, value in moved.items()}
-    slopes = (function.slopes if method == "jvp" else function.difference)(parameters, unit, inputs)
-    most = float(reduce_spreads(spread(slopes), _single(reduce)))
-    return StepRadius(length * most / (math.pi * _temperature(temperature)), length)
 
 
 class RadiusMeter:
@@ -129,13 +67,13 @@ class RadiusMeter:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         self.function = LogitFunction(model, logits)
-        self.temperature, self.reduce, self.method = _temperature(temperature), _single(reduce), method
+        self.temperature, self.reduce, self.method = checked_temperature(temperature), single_number(reduce), method
         self.samples = samples
         if samples is not None and not callable(samples):
             check_nonempty(_inputs(samples))
         self.group: Any = getattr(model, "process_group", None) if _is_ddp(model) else None
         self.cut = max_samples
-        self.watch = ForwardWatch(self.function.model, max_samples if samples is None else None)
+        self.watch = ForwardWatch(self.function.model, model, max_samples if samples is None else None)
         self.radius = math.inf  # of the last measurement
         self.base_known: bool | None = None  # whether training gives the logits of eval mode; None: not yet compared
         self.since_check = 0
@@ -161,7 +99,7 @@ class RadiusMeter:
         if self.samples is None and not self.watch.seen:
             raise RuntimeError(
                 "samples: the model has not run in train mode with gradients since the last step, so there is nothing "
-                "to measure on; run the model given here (not a compiled copy of it), or pass samples"
+                "to measure on; run the very model given here (the compiled one, if you compile it), or pass samples"
             )
 
     def length(self, before: Sequence[Tensor]) -> float:
@@ -229,12 +167,20 @@ class RadiusMeter:
             raise FloatingPointError("the step holds NaN or infinity")
         if length == 0:
             return StepRadius(0.0, 0.0)
-        batches = self._batches()
-        with self.watch.paused():
-            spreads, length = (self._by_jvp if exact else self._by_difference)(before, length, batches)
-        most = reduce_spreads(spreads, self.reduce)  # pyright: ignore[reportArgumentType]
-        if self.group is not None:
+        batches, bad = self._batches(), None
+        try:
+            with self.watch.paused():
+                spreads, length = (self._by_jvp if exact else self._by_difference)(before, length, batches)
+            most = reduce_spreads(spreads, self.reduce)  # pyright: ignore[reportArgumentType]
+        except FloatingPointError as error:
+            if self.group is None:
+                raise
+            bad, most = error, torch.tensor(math.inf, device=self.parameters[0].device)
+        if self.group is not None:  # all ranks take the same step, or none does
+            most = most.double()
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
+            if not bool(most.isfinite()):
+                raise bad or FloatingPointError("logits of another rank hold NaN or infinity")
         ratio = length * float(most) / (math.pi * self.temperature)
         found = StepRadius(ratio, length)
         self.radius = found.radius
@@ -386,18 +332,6 @@ def _inputs(batch: Any) -> Any:
             raise ValueError("samples must hold at least one sample, got an empty sequence")
         return batch[0]
     return batch
-
-
-def _temperature(value: float) -> float:
-    check_positive("temperature", value)
-    return float(value)
-
-
-def _single(reduce: Reduce) -> Reduce:
-    check_reduce(reduce)
-    if reduce == "none":
-        raise ValueError("reduce must be 'max' or a quantile between 0 and 1 here, got 'none'")
-    return reduce
 
 
 def _wide(value: Tensor) -> Tensor:

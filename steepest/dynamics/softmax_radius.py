@@ -4,7 +4,6 @@ The functions live in `steepest.curvature`, below the optimizers that use them, 
 """
 
 from steepest.curvature.logit_slopes import logit_slopes
-from steepest.curvature.radius_meter import StepRadius, step_radius
 from steepest.curvature.softmax_radius import (
     binary_radius,
     dominance_radius,
@@ -15,6 +14,7 @@ from steepest.curvature.softmax_radius import (
     tight_radius,
     top2_radius,
 )
+from steepest.curvature.step_radius import StepRadius, step_radius
 
 __all__ = [
     "StepRadius",

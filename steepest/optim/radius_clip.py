@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from steepest._checks import check_int
 from steepest.curvature.logit_slopes import Logits
-from steepest.curvature.radius_meter import MeterMethod, RadiusMeter, StepRadius
+from steepest.curvature.radius_meter import MeterMethod, RadiusMeter
 from steepest.curvature.softmax_radius import Reduce, check_positive
+from steepest.curvature.step_radius import StepRadius
 from steepest.optim._forecast import Forecast
 from steepest.optim.checks import first_nonfinite
 
@@ -138,7 +139,7 @@ class RadiusClip(Optimizer):
         self.clipped_steps = self.skipped_steps = self.late_steps = 0
         self._forecast, self._length = Forecast(), 0.0
         self._since_measured: int | None = None  # steps since the last measurement; None: there is none to go by
-        self._watch_next()
+        self._finish()
 
     @property
     def optimizer(self) -> Optimizer:
@@ -292,11 +293,8 @@ class RadiusClip(Optimizer):
                 parameter.copy_(old)
 
     def _finish(self) -> None:
+        """Forget the past; what the model runs on matters only if the next step is measured."""
         self.meter.watch.forget()
-        self._watch_next()
-
-    def _watch_next(self) -> None:
-        """Between measurements nothing has to be remembered."""
         self.meter.watch.active = self._due
 
     def _gradients_are_finite(self) -> bool:

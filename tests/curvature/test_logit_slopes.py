@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from steepest.curvature.logit_slopes import logit_slopes
-from steepest.curvature.radius_meter import step_radius
 from steepest.curvature.softmax_radius import radius
+from steepest.curvature.step_radius import step_radius
 from steepest.models import GPT, MLP, GPTConfig
 
 

@@ -3,8 +3,10 @@
 import copy
 import io
 import math
+import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 
-from steepest.curvature.radius_meter import step_radius
+from steepest.curvature.step_radius import step_radius
 from steepest.models import GPT, MLP, GPTConfig
 from steepest.optim import Mixed, Muon, RadiusClip, RadiusSGD, RandomLayers, build
 
@@ -594,6 +596,56 @@ def test_hooks_leave_with_the_optimizer() -> None:
     assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
     del optimizer
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_compiled_models() -> None:
+    torch._dynamo.reset()
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = RadiusClip(SGD(model.parameters(), lr=1e3), compiled)  # pyright: ignore[reportArgumentType]
+    for step in range(2):
+        before = copy.deepcopy(model)
+        x, y = batch(step)
+        optimizer.zero_grad()
+        cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+        assert true_ratio(before, model, x) == pytest.approx(1, rel=1e-9)
+
+
+def ddp_worker(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    model = net()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = RadiusClip(SGD(model.parameters(), lr=1e3), wrapped, nonfinite="skip")
+    ratios = []
+    for step in range(3):
+        before = copy.deepcopy(model)
+        x, y = batch(10 * step + rank)
+        optimizer.zero_grad()
+        cross_entropy(wrapped(x), y).backward()
+        if step == 2 and rank == 0:
+            x.fill_(math.nan)  # only this rank meets NaN when it measures
+        optimizer.step()
+        ratios.append(true_ratio(before, model, x) if step < 2 else 0.0)
+    torch.save((values(model), ratios, optimizer.skipped_steps), f"{path}.{rank}")
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_all_ranks_take_the_same_step(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=ddp_worker, args=(rank, str(tmp_path / "ddp"))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    (a, one, skipped), (b, two, also) = (torch.load(tmp_path / f"ddp.{rank}", weights_only=True) for rank in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert skipped == also == 1
+    for pair in zip(one[:2], two[:2], strict=True):
+        assert max(pair) == pytest.approx(1, rel=1e-9)
 
 
 # RadiusSGD

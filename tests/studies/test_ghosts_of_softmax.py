@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from steepest.curvature.radius_meter import step_radius
+from steepest.curvature.step_radius import step_radius
 from steepest.studies import ghosts_of_softmax as study
 from steepest.studies._base import Run
 from steepest.studies._ghosts_training import LengthClip, accuracy, data, downhill, moved

@@ -9,7 +9,7 @@ from typing import Any
 
 from steepest._errors import UserError
 
-DEFAULT_METHODS = ("adamw", "sgd", "sign", "muon", "scion", "normalized")
+DEFAULT_METHODS = ("adamw", "sgd", "sign", "muon", "scion", "clipped_scion", "symmetry_stack")
 REFERENCE = "adamw"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steepest.dynamics.bigram import BigramToy, Excess
+    from steepest.dynamics.complexity import geometric_complexity
     from steepest.dynamics.conic import MaxMargin, is_separable, max_margin
     from steepest.dynamics.diagonal_linear import DiagonalLinearNet
     from steepest.dynamics.drift import StepDrift, local_error, step_drift
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     )
     from steepest.dynamics.game_flow import GameFlow, game_order
     from steepest.dynamics.games import GameDrift, GameTerms, TwoPlayer, game_drift
-    from steepest.dynamics.geometric_complexity import geometric_complexity
     from steepest.dynamics.implicit_bias import LinearAdam, LinearSteepestDescent
     from steepest.dynamics.integration import integrate
     from steepest.dynamics.linear_stability import (
@@ -203,7 +203,7 @@ _HOMES = {
     "diagonal_linear": ("DiagonalLinearNet",),
     "game_flow": ("GameFlow", "game_order"),
     "games": ("GameDrift", "GameTerms", "TwoPlayer", "game_drift"),
-    "geometric_complexity": ("geometric_complexity",),
+    "complexity": ("geometric_complexity",),
     "implicit_bias": ("LinearAdam", "LinearSteepestDescent"),
     "linear_stability": (
         "LinearStability",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steepest.dynamics.geometric_complexity import geometric_complexity
+from steepest.dynamics.complexity import geometric_complexity
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, dal, distributed, freon, radius, schedules, spectral, stability
+from benchmarks import cheap, dal, distributed, freon, ivon, radius, schedules, spectral, stability
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
@@ -23,6 +23,7 @@ SUITES = {
     "schedules": schedules,
     "dal": dal,
     "radius": radius,
+    "ivon": ivon,
     "stability": stability,
     "distributed": distributed,
 }

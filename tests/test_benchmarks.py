@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import cheap, distributed, schedules, spectral, stability
+from benchmarks import cheap, distributed, ivon, schedules, spectral, stability
 from benchmarks.timing import interleaved_medians
 
 TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
@@ -55,6 +55,17 @@ def test_ways_to_the_same_curvature_are_timed(tmp_path: Path, monkeypatch: pytes
     assert all(row["ms"] > 0 for row in rows)
     exact = [row["relative error"] for row in rows if row["way"] == "trace_stability, exact"]
     assert exact == [0.0]
+
+
+def test_ivon_is_timed_beside_the_noise_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ivon, "SIZES", {"tiny": 8})
+    monkeypatch.setattr(ivon, "memory", lambda *_: 4.0)
+    program.main(["ivon", "--repeats", "1", "--out", str(tmp_path), "--device", "cpu"])
+    rows = json.loads((tmp_path / "ivon-cpu.json").read_text())["rows"]
+    assert {"IVON", "the noise alone"} <= {row["optimizer"] for row in rows}
+    assert all(row["ms a step"] > 0 for row in rows)
 
 
 def test_our_update_is_closer_to_orthogonal_than_torchs() -> None:

@@ -21,7 +21,7 @@ from steepest.dynamics.per_example import LossFn, PerExample
 
 # Beyond this many rows n k, the Gram matrix no longer fits a desktop well.
 _MOST_ROWS = 12_000
-_EXACT_ROWS = 1024
+_EXACT_ROWS = 512
 _COLUMNS = 8192
 
 
@@ -126,7 +126,7 @@ def stability_report(
         replacement: whether one batch may hold an example twice; False for shuffled epochs.
         params: parameters or names to look at; None: all that require a gradient.
         output: the index of the only output to look at.
-        exact: compute $\eta^*$ for SGD; None: where there are at most 1024 rows (examples times outputs).
+        exact: compute $\eta^*$ for SGD; None: where there are at most 512 rows (examples times outputs).
         tol: a larger loss is warned of: away from a fit of all examples G is not the Hessian.
         chunk: examples differentiated at once; None: by `memory`.
         memory: bytes for Jacobians; where they do not fit they are computed again.

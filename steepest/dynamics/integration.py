@@ -19,7 +19,7 @@ Method = Literal["rk4", "dop853", "exact_quadratic"]
 def integrate(
     flow: "Flow",
     theta: Inexact[Tensor, "*shape"],
-    t: float | Sequence[float],
+    t: float | Sequence[float] | Tensor,
     method: Method = "rk4",
     dt: float | None = None,
     *,
@@ -30,7 +30,7 @@ def integrate(
     Args:
         flow: the flow.
         theta: the start, of any shape; it is not changed.
-        t: the time, or several, one after another (increasing or decreasing).
+        t: the time, or several in a list or a vector, one after another (increasing or decreasing).
         method: ``"rk4"`` steps of length `dt`; ``"dop853"`` (SciPy) steps adaptively to `tol`; ``"exact_quadratic"``
             solves the flow of a quadratic loss in its eigenbasis at any t: for the principal flow
             $\theta(t) = \theta^* + \sum_i (1 - h\lambda_i)^{t/h} (u_i^\top (\theta - \theta^*)) u_i$.
@@ -46,6 +46,7 @@ def integrate(
         ArithmeticError: ``"dop853"`` cannot go on (the flow meets a pole).
     """
     check_point(theta)
+    t = t.tolist() if isinstance(t, Tensor) else t
     times = [float(time) for time in (t if isinstance(t, Sequence) else [t])]
     if not times or not all(map(math.isfinite, times)):
         raise ValueError(f"t must be a finite time, or several; got {t!r}")

@@ -177,6 +177,7 @@ def test_the_exact_solution_agrees_with_integration(flow: Any) -> None:
     times = [0.0, 0.3, 2.0]
     exact, numeric = (integrate(flow, double(-0.35, -0.2), times, m) for m in ("exact_quadratic", "dop853"))
     torch.testing.assert_close(exact, numeric, rtol=1e-7, atol=1e-9)
+    assert torch.equal(integrate(flow, double(-0.35, -0.2), double(*times), "exact_quadratic"), exact)
 
 
 def test_igr_is_the_gradient_flow_of_its_loss_at_real_and_complex_points() -> None:

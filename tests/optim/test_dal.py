@@ -605,3 +605,47 @@ def test_a_step_without_the_check_reads_nothing_from_the_device() -> None:
     assert optimizer.last_lr is not None and optimizer.last_lr.is_meta
     with pytest.raises(RuntimeError, match="meta"):
         DAL([w, v]).step(closure)
+
+
+def test_groups_added_late_and_parameters_that_pause() -> None:
+    a, b = (Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer = DAL([a], momentum=0.5, start=2)
+    optimizer.step(lambda: torch.sum(a**2))
+    optimizer.add_param_group({"params": [b], "lr": 0.0, "p": 0.0})
+    optimizer.step(lambda: (a**2).sum() + (b**2).sum())
+    assert torch.equal(b.detach(), torch.ones(2, dtype=torch.float64)) and optimizer.param_groups[1]["iteration"] == 2
+    optimizer.param_groups[1]["lr"] = 0.1
+    before = a.detach().clone()
+    optimizer.step(lambda: torch.sum(b**2))  # a has no gradient: it stays, and so does its momentum
+    assert torch.equal(a.detach(), before) and torch.equal(b.detach(), torch.full((2,), 0.8, dtype=torch.float64))
+
+
+def test_state_moves_to_another_dtype_and_foreach_setting() -> None:
+    first, second = net(), net(torch.float64)
+    optimizer = DAL(first.parameters(), momentum=0.5, foreach=False)
+    train(first, optimizer, range(2))
+    second.load_state_dict(first.state_dict())
+    resumed = DAL(second.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert all(state["momentum_buffer"].dtype == torch.float64 for state in resumed.state.values())
+    train(second, resumed, range(2, 4))
+    assert resumed.param_groups[0]["iteration"] == 4
+
+
+def test_one_cycle_moves_the_momentum_and_leaves_the_cap() -> None:
+    x = Parameter(torch.ones(6, dtype=torch.float64))
+    optimizer = DAL([x], momentum=0.9, max_lr=0.3)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, base_momentum=0.5, max_momentum=0.9)
+    momenta = []
+    for _ in range(6):
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step(lambda: (SPECTRUM * x * x).sum() / 2)
+        scheduler.step()
+    assert min(momenta) < 0.6 and optimizer.param_groups[0]["lr_cap"] == 0.3
+
+
+def test_huge_finite_gradients_are_finite() -> None:
+    for dtype, size in ((torch.float16, 3e4), (torch.bfloat16, 1e15), (torch.float32, 1e15)):
+        w = Parameter(torch.ones(6, dtype=dtype))
+        DAL([w], 0.0).step(lambda w=w, size=size: (w * size).sum())
+        assert bool(w.isfinite().all())

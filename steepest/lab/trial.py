@@ -104,9 +104,11 @@ class TrainingTrial:
         with self.stream:
             self.model.train()
             self.optimizer.zero_grad(set_to_none=True)
-            with self._precision():
-                loss = self.task.loss(self.model, batch)
-            loss.backward()
+            for _ in range(getattr(self.optimizer, "samples", 1)):
+                with self._sampled():
+                    with self._precision():
+                        loss = self.task.loss(self.model, batch)
+                    loss.backward()
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
@@ -234,6 +236,11 @@ class TrainingTrial:
             self.stopped = ("diverged", f"the validation loss was {loss} at step {self.step_count}")
         elif self.prune is not None and (reason := self.prune(self.val["step"], self.val["loss"])):  # type: ignore[arg-type]
             self.stopped = ("pruned", reason)
+
+    def _sampled(self) -> Any:
+        """Where an optimizer that learns at noisy weights, such as `steepest.optim.IVON`, wants its gradients."""
+        enter = getattr(self.optimizer, "sampled_params", None)
+        return nullcontext() if enter is None else enter(train=True)
 
     def _precision(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else nullcontext()

@@ -79,6 +79,23 @@ def test_a_resumed_trial_ends_with_the_same_bits(at):
         assert torch.equal(a, b)
 
 
+def ivon(samples):
+    from steepest.optim import IVON
+
+    make = lambda model, lr: IVON(model.parameters(), lr, ess=20, samples=samples)  # noqa: E731
+    return Method("ivon", "IVON", "", (1e-3, 1.0), function=make)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_an_optimizer_that_samples_its_parameters_races_and_resumes(samples):
+    whole = go(trial(method=ivon(samples)), 6)
+    half = go(trial(method=ivon(samples)), 3)
+    resumed = trial(method=ivon(samples))
+    resumed.load_state_dict(half.state_dict())
+    assert plain(go(resumed, 3).result()) == plain(whole.result())
+    assert all(bool(p.isfinite().all()) for p in whole.model.parameters())
+
+
 def test_the_loop_resumes_it_from_its_file(tmp_path):
     def play(stop_at=None):
         one = trial()

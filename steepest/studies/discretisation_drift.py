@@ -35,6 +35,8 @@ COMPONENTS = (
     "steepest.dynamics.TwoPlayer",
     "steepest.dynamics.GameFlow",
     "steepest.optim.GameOptimizer",
+    "steepest.nn.spectral_norm",
+    "steepest.dynamics.geometric_complexity",
 )
 
 Loss = Callable[[Tensor], Tensor]

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 from steepest.curvature.logit_slopes import logit_slopes
 from steepest.curvature.softmax_radius import radius
-from steepest.data import digits
 from steepest.models import MLP
 from steepest.optim import RadiusClip, build
 from steepest.studies._base import Run
@@ -20,9 +19,14 @@ Model = Callable[[torch.Generator], nn.Module]
 
 
 def data(count: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardised digits, flat; the first `count` of them for training."""
-    found = digits(flat=True)
-    return found.train_x[:count], found.train_y[:count], found.test_x[:count], found.test_y[:count]
+    """Digits, flat, pixels in [0, 1]; a fixed fifth of them for testing. The first `count` of each part."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x, y = torch.from_numpy(images / 16).float()[order], torch.from_numpy(labels)[order]
+    cut = len(x) // 5
+    return x[cut:][:count], y[cut:][:count], x[:cut][:count], y[:cut][:count]
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -104,14 +108,19 @@ MODELS: Mapping[str, Model] = {
 }
 
 
-def fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, generator: torch.Generator, lr: float = 1e-3) -> None:
-    """Adam on batches of 64."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+def fit(
+    model: nn.Module, x: Tensor, y: Tensor, steps: int, optimizer: torch.optim.Optimizer, temperature: float = 1.0
+) -> None:
+    """Steps on all samples."""
     for _ in range(steps):
-        rows = torch.randint(len(x), (64,), generator=generator)
         optimizer.zero_grad()
-        cross_entropy(model(x[rows]), y[rows]).backward()
+        cross_entropy(model(x) / temperature, y).backward()
         optimizer.step()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    """Adam with the learning rate of the paper's temperature study."""
+    return torch.optim.Adam(model.parameters(), lr=0.01)
 
 
 def downhill(
@@ -142,7 +151,10 @@ def one_step(run: Run) -> dict[str, Any]:
         for seed in run.seeds(run.pick(smoke=1, desktop=3)):
             generator = run.generator(seed)
             model = make(generator)
-            fit(model, x, y, steps, generator)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            for _ in range(steps):
+                rows_of_batch = torch.randint(len(x), (64,), generator=generator)
+                fit(model, x[rows_of_batch], y[rows_of_batch], 1, optimizer)
             start, before = [p.detach().clone() for p in model.parameters()], accuracy(model, test_x, test_y)
             v, rho = downhill(model, x, y)
             row = []

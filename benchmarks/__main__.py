@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, dal, distributed, freon, ivon, radius, schedules, spectral, stability
+from benchmarks import cheap, dal, distributed, freon, ivon, radius, schedules, spectral, spectral_norm, stability
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
@@ -25,6 +25,7 @@ SUITES = {
     "radius": radius,
     "ivon": ivon,
     "stability": stability,
+    "spectral_norm": spectral_norm,
     "distributed": distributed,
 }
 

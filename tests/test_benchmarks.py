@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import cheap, distributed, ivon, schedules, spectral, stability
+from benchmarks import cheap, distributed, ivon, schedules, spectral, spectral_norm, stability
 from benchmarks.timing import interleaved_medians
 
 TINY = {"tiny": [(2, 8, 8), (1, 16, 8)]}
@@ -87,3 +87,9 @@ def test_wrong_use_is_one_message(arguments: list[str], capsys: pytest.CaptureFi
         program.main([*arguments, "--out", str(tmp_path)])
     assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_normalised_networks_and_games_are_timed() -> None:
+    rows = list(spectral_norm.rows(1, torch.device("cpu")))
+    assert {row["method"] for row in rows} >= {"torch", "steepest sn", "interaction cancelled", "SGA"}
+    assert all(row["ms a step"] > 0 for row in rows)

@@ -169,24 +169,19 @@ class NoisyDescent(WeightNoise):
                     rows.append((self._sums[parameter], parameter.grad, noise[parameter]))
                 for sums, gradients, values in blocks(rows, self.foreach):
                     self._collect(group, sums, gradients, values)
-        last = self._count == self.samples
         for parameter in self._active:
-            gradient, total = parameter.grad, self._gradients.get(parameter)
-            if gradient is not None and total is not None and last:
-                gradient.add_(total)
-            elif gradient is not None and total is not None:
-                total.add_(gradient)
-            elif gradient is not None and not last:
-                own = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.itemsize
-                self._gradients[parameter] = gradient.detach() if own else gradient.clone()
-            elif gradient is None and total is not None and last:
-                gradient = total
-            parameter.grad = gradient if last else None
-        if last:
-            self._gradients = {}
-            for tensors in ([p.grad for p in self._active if p.grad is not None], list(self._sums.values())):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None and parameter in self._gradients:
+                self._gradients[parameter].add_(gradient)
+            elif gradient is not None:  # it may be a view of a bucket of DDP, or the user's own
+                self._gradients[parameter] = gradient.detach().clone()
+        if self._count == self.samples:
+            for tensors in (self._gradients, self._sums):
                 if tensors:
-                    torch._foreach_mul_(tensors, 1 / self.samples)
+                    torch._foreach_mul_(list(tensors.values()), 1 / self.samples)
+            for parameter, gradient in self._gradients.items():
+                parameter.grad = gradient
+            self._gradients = {}
 
 
 def _check_gradient(parameter: Tensor) -> None:

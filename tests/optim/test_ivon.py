@@ -294,6 +294,18 @@ def test_samples_need_no_zero_grad_between_them() -> None:
     assert all(parameter.grad is not None for parameter in second.parameters())
 
 
+def test_given_gradients_stay_as_they_are() -> None:
+    w, gradient = vector(1.0, 2.0), torch.tensor([3.0, -1.0], dtype=torch.float64)
+    optimizer = IVON([w], 0.1, 10.0, samples=3)
+    for _ in range(3):
+        with optimizer.sampled_params(train=True):
+            w.grad = gradient
+    assert gradient.tolist() == [3.0, -1.0]
+    assert w.grad is not None and w.grad.tolist() == pytest.approx([3.0, -1.0])
+    optimizer.step()
+    assert gradient.tolist() == [3.0, -1.0]
+
+
 def test_gradients_accumulate_inside_a_block() -> None:
     first, second = net(), net()
     a, b = ivon(first), ivon(second)

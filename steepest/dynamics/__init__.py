@@ -41,12 +41,15 @@ if TYPE_CHECKING:
         normalized_margin,
     )
     from steepest.dynamics.modified_losses import ImplicitlyRegularizedLoss, MultiStepLoss, RandomOrderLoss
+    from steepest.dynamics.monitor import Monitor
+    from steepest.dynamics.monitor_verdict import Verdict, judge
     from steepest.dynamics.network import NetworkSteepestDescent, spectral_margins, two_layer
     from steepest.dynamics.network_radii import NetworkRadius, activation_radius, network_radius
     from steepest.dynamics.random_features import RandomFeatureQuadratic
     from steepest.dynamics.regression_paths import RegressionSGD
     from steepest.dynamics.river import WindingValley, river_residual
     from steepest.dynamics.river_valley import Moments, RiverValley
+    from steepest.dynamics.role_norms import RoleNorms
     from steepest.dynamics.sharpness import (
         EdgeMeasurement,
         SharpnessMonitor,
@@ -103,6 +106,7 @@ __all__ = [
     "MaxMargin",
     "Modes",
     "Moments",
+    "Monitor",
     "MultiStepLoss",
     "NetworkRadius",
     "NetworkSteepestDescent",
@@ -113,6 +117,7 @@ __all__ = [
     "RandomOrderLoss",
     "RegressionSGD",
     "RiverValley",
+    "RoleNorms",
     "ScaledTensor",
     "SecondMoment",
     "SharpnessMonitor",
@@ -124,6 +129,7 @@ __all__ = [
     "TraceStability",
     "TwoLayerReLU",
     "TwoPlayer",
+    "Verdict",
     "WindingValley",
     "activation_radius",
     "binary_radius",
@@ -140,6 +146,7 @@ __all__ = [
     "ghosts",
     "integrate",
     "is_separable",
+    "judge",
     "kl_remainder",
     "local_error",
     "log_partition_series",
@@ -215,11 +222,14 @@ _HOMES = {
     "linearised": ("LinearisedSGD", "SecondMoment"),
     "log_domain": ("LogDomainLoss", "ScaledTensor", "logit_terms"),
     "margins": ("MarginBounds", "NotSeparableError", "margin", "margin_certificate", "normalized_margin"),
+    "monitor": ("Monitor",),
+    "monitor_verdict": ("Verdict", "judge"),
     "network": ("NetworkSteepestDescent", "spectral_margins", "two_layer"),
     "random_features": ("RandomFeatureQuadratic",),
     "regression_paths": ("RegressionSGD",),
     "stability": ("StabilityReport", "TraceStability", "stability_report", "trace_stability"),
     "two_layer_relu": ("TwoLayerReLU",),
+    "role_norms": ("RoleNorms",),
     "sharpness": (
         "EdgeMeasurement",
         "SharpnessMonitor",

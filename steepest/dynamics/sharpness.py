@@ -268,7 +268,7 @@ class SharpnessMonitor:
 
     def measure(self) -> EdgeMeasurement:
         """The sharpness and its threshold now. The last eigenvector is where the next search begins."""
-        lr, momentum, variance, samples = self._settings()
+        lr, momentum, variance, samples = step_settings(self.optimizer)
         hessian = Hessian(self.model, self.loss_fn, self.data, params=self.params, train=self.train)
         operator, gradient = hessian, hessian.gradient()
         if isinstance(self.optimizer, Adam | RMSprop | IVON):
@@ -288,26 +288,37 @@ class SharpnessMonitor:
         named = dict(self.model.named_parameters())
         return [named[p] if isinstance(p, str) else p for p in self.params]
 
-    def _settings(self) -> tuple[float, float, float, int]:
-        """Learning rate, momentum, variance of the noise, and samples."""
-        found = {self._of_group(group) for group in self.optimizer.param_groups}
-        if len(found) > 1:
-            raise ValueError(f"all parameter groups must have the same lr, momentum and noise, got {sorted(found)}")
-        lr, momentum, variance = found.pop()
-        own: Any = self.optimizer
-        if isinstance(own, VariationalSGD | IVON):
-            return lr, momentum, 0.0 if own.antithetic else variance, own.samples
-        return lr, momentum, variance, 1
 
-    def _of_group(self, group: dict[str, Any]) -> tuple[float, float, float]:
-        lr = float(group["lr"])
-        if isinstance(self.optimizer, IVON):
-            scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
-            return lr, float(group["betas"][0]), 1 / (group["ess"] * scale)
-        if isinstance(self.optimizer, VariationalSGD):
-            return lr, float(group["momentum"]), self.optimizer.variance(group)
-        if isinstance(self.optimizer, Adam):
-            return lr, float(group["betas"][0]), 0.0
-        # torch's momentum sums where an average has weight 1 - momentum: the same as an average at lr / (1 - momentum).
-        momentum = float(group["momentum"])
-        return lr * (1 if momentum == 0 else (1 - float(group.get("dampening", 0.0))) / (1 - momentum)), momentum, 0.0
+def step_settings(optimizer: Optimizer) -> tuple[float, float, float, int]:
+    """Learning rate and momentum of an average gradient, variance of the weight noise, and its samples.
+
+    Args:
+        optimizer: SGD, Adam, AdamW, RMSprop, VariationalSGD or IVON.
+
+    Raises:
+        TypeError: another optimizer.
+        ValueError: groups with different settings.
+    """
+    if not isinstance(optimizer, torch.optim.SGD | Adam | RMSprop | VariationalSGD | IVON):
+        raise TypeError(f"optimizer must be {_KNOWN}, got {type(optimizer).__name__}")
+    found = {_of_group(optimizer, group) for group in optimizer.param_groups}
+    if len(found) > 1:
+        raise ValueError(f"all parameter groups must have the same lr, momentum and noise, got {sorted(found)}")
+    lr, momentum, variance = found.pop()
+    if isinstance(optimizer, VariationalSGD | IVON):
+        return lr, momentum, 0.0 if optimizer.antithetic else variance, optimizer.samples
+    return lr, momentum, variance, 1
+
+
+def _of_group(optimizer: Any, group: dict[str, Any]) -> tuple[float, float, float]:
+    lr = float(group["lr"])
+    if isinstance(optimizer, IVON):
+        scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
+        return lr, float(group["betas"][0]), 1 / (group["ess"] * scale)
+    if isinstance(optimizer, VariationalSGD):
+        return lr, float(group["momentum"]), optimizer.variance(group)
+    if isinstance(optimizer, Adam):
+        return lr, float(group["betas"][0]), 0.0
+    # torch's momentum sums where an average has weight 1 - momentum: the same as an average at lr / (1 - momentum).
+    momentum = float(group["momentum"])
+    return lr * (1 if momentum == 0 else (1 - float(group.get("dampening", 0.0))) / (1 - momentum)), momentum, 0.0

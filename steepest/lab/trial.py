@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steepest.dynamics.role_norms import RoleNorms, grad_norm
 from steepest.lab.batches import Feed, count_examples, to_device
-from steepest.lab.dynamics import Dynamics, grad_norm
 from steepest.lab.machine import peak_memory, reset_peak_memory
 from steepest.lab.methods import Method
 from steepest.lab.plan import TrialKey
@@ -73,7 +73,7 @@ class TrainingTrial:
         self.feed = Feed(task, key.seed)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.dynamics = Dynamics(self.model)
+        self.dynamics = RoleNorms(self.model)
         self.rungs = _points(steps, RUNGS)
         self.marks = _points(steps, CURVE_POINTS)
         self.observed = _points(steps, ROLE_POINTS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Dynamics:
+class RoleNorms:
     """Weight norm, update norm, their ratio and the gradient norm of each role, at chosen steps.
 
     All norms are Euclidean over all parameters of the role: a role of two matrices A and B has the weight norm

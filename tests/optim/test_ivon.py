@@ -528,6 +528,22 @@ def test_large_parameters_are_cut_into_pieces_and_step_alike(samples: int) -> No
     torch.testing.assert_close(*found, rtol=0, atol=1e-14)
 
 
+def test_parameters_of_mixed_dtypes_go_together() -> None:
+    single, double = nn.Parameter(torch.ones(3)), vector(1.0, 2.0)
+    alone = vector(1.0, 2.0)
+    both, one = IVON([single, double], 0.1, 50.0), IVON([alone], 0.1, 50.0)
+    noise = torch.tensor([0.3, -0.7], dtype=torch.float64)
+    with both.sampled_params(train=True, noise=[torch.ones(3), noise]):
+        (single.square().sum().double() + double.square().sum()).backward()
+    with one.sampled_params(train=True, noise=[noise]):
+        alone.square().sum().backward()
+    both.step()
+    one.step()
+    assert torch.equal(double.detach(), alone.detach())
+    assert (single.dtype, both.state[single]["hess"].dtype) == (torch.float32, torch.float32)
+    assert [std.dtype for std in both.posterior_std()] == [torch.float32, torch.float64]
+
+
 def test_groups_and_a_setting_made_wrong_later() -> None:
     model = net()
     optimizer = IVON(

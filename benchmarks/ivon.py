@@ -14,8 +14,9 @@ from steepest.optim import IVON
 
 TITLE = "IVON: one step beside ivon-opt"
 DESCRIPTION = (
-    "Sampling, restoring the mean and the update, with given gradients. The floor: the noise drawn in one call, and the "
-    "bytes that must move, copied (32 a parameter to sample and restore, 32 to update). Memory: growth of the peak of a fresh process over three steps, parameters and gradients not counted."
+    "Sampling, restoring the mean and the update, with given gradients. The floor: the noise drawn in one call, and "
+    "the bytes that must move, copied (32 a parameter to sample and restore, 32 to update). Memory: growth of the peak "
+    "of a fresh process over three steps, parameters and gradients not counted."
 )
 SIZES = {"1 M parameters": 577, "10 M parameters": 1825}
 STATUS = Path("/proc/self/status")

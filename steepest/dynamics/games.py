@@ -18,6 +18,7 @@ from steepest.optim.game_terms import (
     Scheme,
     check_choice,
     check_losses,
+    check_twice,
     derivative_along,
     drift_coefficients,
     gradients,
@@ -265,6 +266,7 @@ def _terms(losses: tuple[Tensor, Tensor], players: tuple[Tensors, Tensors], grap
     both = [*players[0], *players[1]]
     count = len(players[0])
     full = [gradients(loss, both, create_graph=True) for loss in losses]
+    check_twice([*full[0], *full[1]])
     own = full[0][:count], full[1][count:]
     cross = full[0][count:], full[1][:count]
     self_ = [derivative_along(own[i], own[i], players[i], create_graph=graph) for i in (0, 1)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steepest.optim.checks import NonFinite, check_number
-from steepest.optim.game_terms import Evaluation, added, derivative_along, gradients, scaled
+from steepest.optim.game_terms import Evaluation, added, check_twice, derivative_along, gradients, scaled
 from steepest.optim.games import Found, Player, TwoPlayerOptimizer
 
 
@@ -55,6 +55,7 @@ class SGA(TwoPlayerOptimizer):
         everything = [*players[0], *players[1]]
         count = len(players[0])
         full = [gradients(loss, everything, create_graph=True) for loss in at.losses]
+        check_twice([*full[0], *full[1]])
         ours = [full[0][:count], full[1][count:]]
         xi = [*ours[0], *ours[1]]
         transposed = derivative_along(xi, xi, everything)
@@ -112,6 +113,7 @@ class Consensus(TwoPlayerOptimizer):
             *gradients(at.losses[0], players[0], create_graph=True),
             *gradients(at.losses[1], players[1], create_graph=True),
         ]
+        check_twice(xi)
         pull = derivative_along(xi, xi, [*players[0], *players[1]])
         moved = added(_detached(xi), pull, self.strength)
         result = self._result(at.losses)

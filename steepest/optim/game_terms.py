@@ -11,6 +11,7 @@ All of a player's terms are one product of the Hessian of its loss with a vector
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 Scheme = Literal["simultaneous", "alternating"]
 Convention = Literal["paper", "single_clock"]
 Losses = tuple[Tensor, Tensor]
+
+_OFFSET = 0.01  # of a finite difference: the distance in parameters
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool 
     return torch.autograd.grad(loss, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True)
 
 
+class NotTwiceDifferentiableError(RuntimeError):
+    """A loss has no second derivative in PyTorch."""
+
+
 def derivative_along(
     derivatives: Sequence[Tensor | None],
     vectors: Sequence[Tensor | None],
@@ -127,7 +134,7 @@ def derivative_along(
     """The derivative of `sum <derivative, vector>` with the vectors held fixed: a Hessian-vector product.
 
     Raises:
-        RuntimeError: an operation of the model has no second derivative in PyTorch.
+        NotTwiceDifferentiableError: an operation of the model has no second derivative in PyTorch.
     """
     pairs = [
         (d, v) for d, v in zip(derivatives, vectors, strict=True) if d is not None and v is not None and d.requires_grad
@@ -144,12 +151,29 @@ def derivative_along(
             allow_unused=True,
         )
     except (RuntimeError, NotImplementedError) as error:
-        if "derivative" not in str(error):
+        if "derivative" not in str(error) and "differentiate twice" not in str(error):
             raise
-        raise RuntimeError(
-            "the loss has no second derivative in PyTorch, which the drift terms need; replace the operation, or train "
-            f"with cancel='none'. PyTorch says: {error}"
+        raise NotTwiceDifferentiableError(
+            f"the loss has no second derivative in PyTorch; PyTorch says: {error}"
         ) from error
+
+
+def check_twice(derivatives: Sequence[Tensor | None]) -> None:
+    """Raise NotTwiceDifferentiableError if a graph has a function marked as differentiable once.
+
+    PyTorch raises only when all leaves are asked for; `torch.autograd.grad` passes it by and returns a wrong result.
+    """
+    todo: list[Any] = [d.grad_fn for d in derivatives if d is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise NotTwiceDifferentiableError("the loss holds a function that can be differentiated once only")
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        todo += new
 
 
 def added(first: Sequence[Tensor | None], second: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:
@@ -244,6 +268,10 @@ class Evaluation:
         split: the differentiated factor from the first half of the batch, the other from the second; the gradients
             themselves are always of the whole batch.
         modules: their buffers do not change in the passes of the halves.
+        differences: True: finite differences in the place of second derivatives; None: find out, see `differences`.
+
+    Attributes:
+        differences: whether a second derivative is missing, so that finite differences are taken; None: not known yet.
     """
 
     def __init__(
@@ -254,8 +282,11 @@ class Evaluation:
         *,
         split: bool = False,
         modules: Sequence[nn.Module] = (),
+        differences: bool | None = None,
     ) -> None:
         self.players = players
+        self.differences = differences
+        self._evaluate, self._modules = evaluate, modules
         parts = halves(batch) if split else ()
         with torch.enable_grad():
             self.losses = check_losses(evaluate(batch))
@@ -264,6 +295,7 @@ class Evaluation:
                 with kept_buffers(modules):
                     self._first, self._second = (check_losses(evaluate(part)) for part in parts)
         self._split = split
+        self._part = parts[0] if parts else batch
         self._known: dict[tuple[int, str], tuple[Tensor | None, ...]] = {}
 
     def own(self, player: int) -> tuple[Tensor | None, ...]:
@@ -301,13 +333,51 @@ class Evaluation:
     def correction(
         self, player: int, own: Sequence[Any] | None, cross: Sequence[Any] | None
     ) -> tuple[Tensor | None, ...]:
-        """`own * S + cross * I` of a player; the factors stand at each tensor of the vector, None leaves a term out."""
+        """`own * S + cross * I` of a player; the factors stand at each tensor of the vector, None leaves a term out.
+
+        Where there is no second derivative it is a difference of two gradients, after one warning.
+        """
         derivatives: list[Tensor | None] = []
         vectors: list[Tensor | None] = []
-        if own is not None:
-            derivatives += self._known[player, "own"]
-            vectors += scaled(self.other(player), own)
-        if cross is not None:
-            derivatives += self._known[player, "cross"]
-            vectors += scaled(self.other(1 - player), cross)
-        return derivative_along(derivatives, vectors, self.players[player])
+        places: list[Tensor] = []
+        for name, factors, whose in (("own", own, player), ("cross", cross, 1 - player)):
+            if factors is not None:
+                derivatives += self._known[player, name]
+                vectors += scaled(self.other(whose), factors)
+                places += self.players[whose]
+        if not self.differences:
+            try:
+                if self.differences is None:
+                    check_twice(derivatives)
+                    self.differences = False
+                return derivative_along(derivatives, vectors, self.players[player])
+            except NotTwiceDifferentiableError as error:
+                warnings.warn(f"{error}; the drift is a finite difference instead", UserWarning, stacklevel=6)
+                self.differences = True
+        return self._difference(player, places, vectors)
+
+    def _difference(
+        self, player: int, places: Sequence[Tensor], vectors: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """The central difference of a player's gradient along the vectors, with equal random numbers on both sides."""
+        moves = [(p, v.detach().to(p.dtype)) for p, v in zip(places, vectors, strict=True) if v is not None]
+        length = float(torch.stack([v.float().square().sum().cpu() for _, v in moves]).sum().sqrt()) if moves else 0.0
+        if not 0 < length < math.inf:
+            return (None,) * len(self.players[player])
+        before = [p.detach().clone() for p, _ in moves]
+        devices = {p.device for p, _ in moves if p.device.type != "cpu"}
+        ends = []
+        try:
+            for sign in (1.0, -1.0):
+                with torch.no_grad():
+                    for (p, v), value in zip(moves, before, strict=True):
+                        p.data.copy_(value + sign * _OFFSET / length * v)  # unseen by the graphs in use
+                with torch.random.fork_rng(devices), kept_buffers(self._modules), torch.enable_grad():
+                    loss = check_losses(self._evaluate(self._part))[player]
+                    ends.append(gradients(loss, self.players[player]))
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(moves, before, strict=True):
+                    p.data.copy_(value)
+        found = added(ends[0], ends[1], -1.0)
+        return tuple(scaled(found, [length / (2 * _OFFSET)] * len(found)))

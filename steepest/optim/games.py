@@ -200,7 +200,8 @@ class GameOptimizer(TwoPlayerOptimizer):
     $\frac{b}{4}\|\nabla_\phi E\|^2$ to that of θ, and keeps simultaneous play from spiralling outwards.
 
     The coefficients follow the present learning rates, so schedulers work. They are derived for plain gradient
-    descent; under other optimizers they are a regulariser of that size. One double-backward per player and step.
+    descent; under other optimizers they are a regulariser of that size. One double-backward per player and step; where
+    an operation has no second derivative, a finite difference takes its place, with one warning.
 
     Args:
         first: player 1: a module, parameters or groups (SGD moves them), or an optimizer.
@@ -222,7 +223,7 @@ class GameOptimizer(TwoPlayerOptimizer):
         TypeError: parameters that are not real; other arguments of the wrong kind.
         ValueError: a setting out of its range, parameters in both players, several learning rates in one player.
         RuntimeError: from `step`: one loss does not depend on the other player, though its interaction term is asked
-            for; an operation without second derivative.
+            for.
 
     Source:
         Rosca, Wu, Dherin and Barrett 2021, arXiv 2105.13922.
@@ -275,6 +276,7 @@ class GameOptimizer(TwoPlayerOptimizer):
         self.estimator: Estimator = estimator
         self.inner = (inner[0], inner[1])
         self.multipliers = chosen
+        self.differences: bool | None = None
         self._one_rate()
 
     def _one_rate(self) -> None:
@@ -323,12 +325,15 @@ class GameOptimizer(TwoPlayerOptimizer):
         factors = {player: self._factors(player) for player in moving}
         terms = any(term is not None for pair in factors.values() for term in pair)
         split = terms and self.estimator == "split"
-        at = Evaluation(evaluate, batch, self._players(), split=split, modules=self.modules)
+        at = Evaluation(
+            evaluate, batch, self._players(), split=split, modules=self.modules, differences=self.differences
+        )
         for player, (own, cross) in factors.items():
             at.prepare(player, own is not None, cross is not None)
         found: dict[int, Found] = {
             player: added(at.own(player), at.correction(player, own, cross)) for player, (own, cross) in factors.items()
         }
+        self.differences = at.differences
         result = self._result(at.losses)
         if self._put(found, at.losses):
             for player in moving:

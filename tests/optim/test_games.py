@@ -3,12 +3,14 @@
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from steepest.optim.game_baselines import SGA, Consensus, RungeKutta
@@ -480,3 +482,73 @@ def test_copies_pickles_and_lr_tensors() -> None:
     train(GameOptimizer(*other, 0.05, scheme="alternating", inner=(2, 1)), closure_of(*other), range(2))
     for a, b in zip(values(*players), values(*other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+class Once(torch.autograd.Function):
+    """tanh, marked as differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+class Missing(torch.autograd.Function):
+    """tanh, as PyTorch has it for operations whose second derivative is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return MissingBackward.apply(gradient, ctx.saved_tensors[0])
+
+
+class MissingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * (1 - x.tanh() ** 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError("derivative for aten::tanh_backward is not implemented")
+
+
+@pytest.mark.parametrize("estimator", ["same", "split"])
+@pytest.mark.parametrize("kind", [Once, Missing])
+def test_operations_without_second_derivative_fall_back_with_one_warning(kind: Any, estimator: Any) -> None:
+    ours, theirs = gan(), gan()
+
+    def closure(function: Any, players: Any, dropout: bool) -> Any:
+        def losses(data: Any) -> tuple[Tensor, Tensor]:
+            fake = players[0](data["noise"])
+            fake = fake * (torch.rand(fake.shape, dtype=fake.dtype) if dropout else 1)
+            fake, real = (players[1](function(part)) for part in (fake, data["real"]))
+            return softplus(-fake).mean(), softplus(fake).mean() + softplus(-real).mean()
+
+        return losses
+
+    options: Any = {"cancel": "all", "estimator": estimator}
+    optimizer, exact = GameOptimizer(*ours, 0.5, **options), GameOptimizer(*theirs, 0.5, **options)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for step in range(3):
+            optimizer.step(closure(kind.apply, ours, False), batch(step))
+            exact.step(closure(torch.tanh, theirs, False), batch(step))
+    assert len([w for w in seen if "finite difference" in str(w.message)]) == 1
+    for a, b in zip(values(*ours), values(*theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step(closure(kind.apply, ours, True), batch(9))
+    assert all(bool(p.isfinite().all()) and float(p.abs().max()) < 10 for p in values(*ours))
+    with pytest.raises(RuntimeError, match=r"no second derivative|once only"):
+        SGA(*ours, 0.1).step(closure(kind.apply, ours, False), batch(0))

@@ -163,17 +163,17 @@ def check_twice(derivatives: Sequence[Tensor | None]) -> None:
 
     PyTorch raises only when all leaves are asked for; `torch.autograd.grad` passes it by and returns a wrong result.
     """
-    todo: list[Any] = [d.grad_fn for d in derivatives if d is not None]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
+    waiting: list[Any] = [d.grad_fn for d in derivatives if d is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
         if node is None:
             continue
         if node.name() == "torch::autograd::Error":
             raise NotTwiceDifferentiableError("the loss holds a function that can be differentiated once only")
         new = {following for following, _ in node.next_functions} - seen
         seen |= new
-        todo += new
+        waiting += new
 
 
 def added(first: Sequence[Tensor | None], second: Sequence[Tensor | None], factor: float = 1.0) -> list[Tensor | None]:

@@ -18,6 +18,8 @@ PowerNormalization = Literal["mean", "schatten", "none"]
 
 # The floor of the rational iteration, relative to the Frobenius norm.
 _FLOOR = 1e-6
+# The part of the result that may be rounding; beyond, eigenvectors take the place of the rational iteration.
+_MOST_NOISE = 1e-3
 # Singular values below these, relative to the Frobenius norm, are not resolved by the rational iteration.
 _RESOLVED = {torch.float32: 1e-4, torch.float64: 1e-5}
 # Eigenvalues of a Gram matrix below these fractions of its largest are computed anew, from their rows alone.
@@ -181,23 +183,31 @@ def power(
     work = dtype or (chosen.dtype if backend == "auto" else _single(x.dtype))
     method = chosen.method if backend == "auto" else backend
     unit, scale = unit_entries(x, work)
+    tolerance = default_rank_tol(x) if rank_tol is None else rank_tol
     if c == 0:
         total = unit.square().sum((-2, -1))
-        result, statistics = unit, _Statistics(total, torch.full_like(total, unit.shape[1]))
+        statistics = _Statistics(total, torch.full_like(total, unit.shape[1]))
+        result = unit * _scale(statistics, c, normalize, scale)[:, None, None]
     elif method == "rational":
         root = as_root(c)
         assert root is not None
         kind = factorization or (chosen.factorization if backend == "auto" else "qr")
-        result, statistics = _rational(unit, c, root, max(damping, _FLOOR), kind, watch)
-    else:
-        parts = decompose(unit, method)
-        tolerance = default_rank_tol(x) if rank_tol is None else rank_tol
-        values, statistics = _spectral(parts.values, c, tolerance, damping)
-        result = parts.rebuild(values * _scale(statistics, c, normalize, scale)[:, None])
-    if c == 0 or method == "rational":
+        result, statistics, noisy = _rational(unit, c, root, max(damping, _FLOOR), kind, watch)
         result = result * _scale(statistics, c, normalize, scale)[:, None, None]
+        if not torch.compiler.is_compiling() and bool(noisy.any()):
+            again = decompose(unit[noisy], "eigh")
+            result[noisy] = _rebuilt(again, c, tolerance, damping, normalize, scale[noisy])
+    else:
+        result = _rebuilt(decompose(unit, method), c, tolerance, damping, normalize, scale)
     result = result if x.shape[-2] <= x.shape[-1] else result.mT
     return result.to(x.dtype).reshape(x.shape)
+
+
+def _rebuilt(
+    parts: "Decomposition", c: float, rank_tol: float, damping: float, normalize: PowerNormalization, scale: Tensor
+) -> Float[Tensor, "batch k n"]:
+    values, statistics = _spectral(parts.values, c, rank_tol, damping)
+    return parts.rebuild(values * _scale(statistics, c, normalize, scale)[:, None])
 
 
 @dataclass(frozen=True)
@@ -245,14 +255,19 @@ def _spectral(
 
 def _rational(
     x: Float[Tensor, "batch k n"], c: float, root: tuple[int, int], floor: float, kind: Factorization, watch: bool
-) -> tuple[Tensor, _Statistics]:
-    """Of x / ||x||_F, whose floor is absolute; then back to the scale of x."""
+) -> tuple[Tensor, _Statistics, Tensor]:
+    """Of x / ||x||_F, whose floor is absolute; then back to the scale of x. Last, where rounding shows in the result.
+
+    The gain of directions that x does not have is the largest, and meets what rounding left of x there.
+    """
     size = torch.linalg.vector_norm(x, dim=(-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
     x = x / size[:, None, None]
     gain, upper = inverse_root(x, *root, floor, kind)
     if watch:
         _warn_of_small(upper, x)
     result = torch.bmm(gain, x)
+    noise = torch.finfo(x.dtype).eps / 2 * gain.flatten(1).norm(dim=1)
+    noisy = x.flatten(1).any(1) & (noise > _MOST_NOISE * result.flatten(1).norm(dim=1))
     total = (x * result).sum((-2, -1))
     count = torch.full_like(total, x.shape[1])
     if c > 0.5:
@@ -263,7 +278,7 @@ def _rational(
         low = math.log(floor)
         log_mean = (logs - x.shape[1] * low) / count + low + size.log()
     result = result * (size ** (1 - 2 * c))[:, None, None]
-    return result, _Statistics(total * size ** (2 - 2 * c), count, log_mean)
+    return result, _Statistics(total * size ** (2 - 2 * c), count, log_mean), noisy
 
 
 def _warn_of_small(upper: Float[Tensor, "batch k k"], x: Float[Tensor, "batch k n"]) -> None:

@@ -300,6 +300,8 @@ def _trial(record: Record) -> dict[str, Any]:
         "curve": result.get("curve") or {name: [] for name in EMPTY["curve"]},
         "val": result.get("val") or {name: [] for name in EMPTY["val"]},
         "roles": result.get("roles") or {},
+        "stability": result.get("stability") or {},
+        "stability_verdict": result.get("stability_verdict"),
     }
 
 

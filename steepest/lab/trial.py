@@ -16,6 +16,7 @@ from steepest.lab.machine import peak_memory, reset_peak_memory
 from steepest.lab.methods import Method
 from steepest.lab.plan import TrialKey
 from steepest.lab.streams import RandomStream
+from steepest.lab.watch import Watch
 
 RUNGS = 8
 CURVE_POINTS = 100
@@ -49,6 +50,7 @@ class TrainingTrial:
         dtype: "float32", or "bfloat16" for autocast.
         clip: Largest global gradient norm; None: gradients stay as they are.
         prune: Called after each validation with the steps and losses so far; gives a reason to stop, or None.
+        watched: How many steps are measured for their stability.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TrainingTrial:
         dtype: str = "float32",
         clip: float | None = None,
         prune: Prune | None = None,
+        watched: int = 0,
     ):
         self.task, self.key, self.steps, self.device, self.clip, self.prune = task, key, steps, device, clip, prune
         self.autocast = dtype == "bfloat16"
@@ -74,6 +77,9 @@ class TrainingTrial:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.dynamics = RoleNorms(self.model)
+        self.watch: Watch | None = None
+        if watched:
+            self.watch = Watch(task, self.model, self.optimizer, steps=steps, count=watched, device=device)
         self.rungs = _points(steps, RUNGS)
         self.marks = _points(steps, CURVE_POINTS)
         self.observed = _points(steps, ROLE_POINTS)
@@ -118,6 +124,8 @@ class TrainingTrial:
         looked = time.perf_counter()
         norm = grad_norm(self.parameters) if marked else None
         copies = self.dynamics.before() if observed else None
+        if self.watch is not None:
+            self.watch.before(number)
         if timed:
             self._wait()
         before = time.perf_counter()
@@ -138,6 +146,8 @@ class TrainingTrial:
         self.step_count = number
         if copies is not None:
             self.dynamics.after(number, copies)
+        if self.watch is not None:
+            self.watch.after(number)
         self.window[0] = self.window[0] + loss.detach()
         self.window[1] += 1
         if marked:
@@ -163,6 +173,8 @@ class TrainingTrial:
             "curve": _rounded(self.curve),
             "val": _rounded(self.val),
             "roles": {role: _rounded(curve) for role, curve in self.dynamics.curves.items()},
+            "stability": {} if self.watch is None else _rounded(self.watch.columns()),
+            "stability_verdict": None if self.watch is None else self.watch.verdict(),
             "seconds_per_step": statistics.median(self.step_seconds) if self.step_seconds else None,
             "optimizer_seconds_per_step": statistics.median(self.optimizer_seconds) if self.optimizer_seconds else None,
             "optimizer_state_bytes": _bytes(self.optimizer.state_dict()["state"]),
@@ -179,6 +191,7 @@ class TrainingTrial:
             "stream": self.stream.state_dict(),
             "feed": self.feed.state_dict(),
             "dynamics": self.dynamics.state_dict(),
+            "watch": None if self.watch is None else self.watch.state_dict(),
             "step": self.step_count,
             "examples": self.examples,
             "stopped": self.stopped,
@@ -198,6 +211,8 @@ class TrainingTrial:
         self.stream.load_state_dict(state["stream"])
         self.feed.load_state_dict(state["feed"])
         self.dynamics.load_state_dict(state["dynamics"])
+        if self.watch is not None and state.get("watch") is not None:
+            self.watch.load_state_dict(state["watch"])
         self.step_count, self.examples = int(state["step"]), state["examples"]
         self.stopped = None if state["stopped"] is None else tuple(state["stopped"])
         self.curve, self.val = dict(state["curve"]), dict(state["val"])

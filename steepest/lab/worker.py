@@ -20,6 +20,7 @@ from steepest.lab.settings import RaceError, RaceInterruptedError, RaceSettings
 from steepest.lab.storage import Claim, Heartbeat, RaceStore, Record
 from steepest.lab.tasks import load_task
 from steepest.lab.trial import TrainingTrial
+from steepest.lab.watch import measurements
 
 POLL_SECONDS = 0.5
 
@@ -118,6 +119,7 @@ def _train(bench: Bench, key: TrialKey, path: Path, watcher: Watcher | None, sta
             dtype=bench.settings.dtype,
             clip=bench.settings.clip,
             prune=_pruner(bench, key),
+            watched=measurements(key, bench.plan, bench.steps),
         )
 
     last = 0.0

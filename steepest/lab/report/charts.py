@@ -13,6 +13,7 @@ from steepest.lab.report.text import number, plot_text
 
 CURVE_POINTS = 400  # a curve on a 1200 pixel wide chart shows no more
 ROLE_POINTS = 60_000  # all role curves together
+STABILITY = ("relative_sharpness", "sharpness", "trace", "radius_ratio", "overshoot", "drift")
 QUANTITIES = ("update_to_weight", "grad_norm", "weight_norm", "update_norm")
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -41,6 +42,7 @@ def chart_data(items: Sequence[Standing], reference: Standing | None) -> dict[st
         "training": [x for m, group in enumerate(chosen) if (x := training_curve(m, group))],
         "sensitivity": [x for m, item in enumerate(items) if (x := sensitivity(m, item.trials))],
         **role_data(chosen),
+        **stability_data(chosen),
     }
 
 
@@ -108,6 +110,23 @@ def role_data(chosen: Sequence[Sequence[Trial]]) -> dict[str, Any]:
                     series.append({"m": m, "role": names.index(name), "quantity": quantity, "x": x, "y": y})
     labels = [plot_text(name.replace("_", " ")) for name in names]
     return {"roles": labels, "quantities": present, "dynamics": series}
+
+
+def stability_data(chosen: Sequence[Sequence[Trial]]) -> dict[str, Any]:
+    """Curves of the stability of the first watched one of each method's best trials, and the threshold of each."""
+    series = []
+    for m, group in enumerate(chosen):
+        curves = next((t["stability"] for t in group if isinstance(t.get("stability"), Mapping) and t["stability"]), {})
+        for quantity in STABILITY:
+            if (curve := _curve(curves, quantity)) is None:
+                continue
+            # The optimizers that see the curvature itself have their threshold in its units.
+            own = quantity == "sharpness" and "preconditioned_sharpness" not in curves
+            limit = _curve(curves, "threshold") if own else None
+            more = {} if limit is None else {"tx": _list(limit[0]), "ty": _list(limit[2])}
+            series.append({"m": m, "quantity": quantity, "x": _list(curve[0]), "y": _list(curve[2]), **more})
+    present = [quantity for quantity in STABILITY if any(s["quantity"] == quantity for s in series)]
+    return {"stabilityQuantities": present, "stability": series}
 
 
 def windows(x: np.ndarray, points: int) -> np.ndarray:

@@ -48,6 +48,7 @@ def render(document: Mapping[str, Any]) -> str:
         task=_task(document),
         ranking=_ranking(summary),
         why=[clean(x, 1000) for x in _list(document.get("why"))],
+        stability=_stability(summary),
         trials=[_trial_row(x, summary) for x in document["trials"][:TRIAL_ROWS]],
         trials_total=len(document["trials"]),
         command=clean_code(document.get("command")),
@@ -198,6 +199,16 @@ def _trial_row(trial: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
         "reason": clean(trial.get("reason"), 300),
         "sort": {key: number(trial.get(key)) for key in ("lr", "seed", "steps", "seconds", "value")},
     }
+
+
+def _stability(summary: Summary) -> list[dict[str, str]]:
+    """A sentence for each method of which a trial was watched."""
+    rows = []
+    for item in summary.standings:
+        sentences = [clean(t.get("stability_verdict"), 400) for t in item.curves if t.get("stability_verdict")]
+        if sentences:
+            rows.append({"title": item.title, "sentence": sentences[0]})
+    return rows
 
 
 def _environment(document: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,10 +2,14 @@
 (() => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("race-data").textContent);
-  const state = { hidden: new Set(), x: "step", band: true, log: false, metric: 0, role: 0, quantity: data.quantities[0] };
+  const state = { hidden: new Set(), x: "step", band: true, log: false, metric: 0, role: 0, quantity: data.quantities[0], stability: 0 };
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const QUANTITIES = {
     update_to_weight: "Update / weight", grad_norm: "Gradient norm", weight_norm: "Weight norm", update_norm: "Update norm",
+  };
+  const STABILITY = {
+    relative_sharpness: "Sharpness / threshold", sharpness: "Sharpness", trace: "Trace of the Hessian",
+    radius_ratio: "Step / convergence radius", overshoot: "Second / first-order change", drift: "Drift of a step",
   };
   const MARKS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon"];
   const touch = matchMedia("(pointer: coarse)").matches;
@@ -146,7 +150,23 @@
     };
   }
 
-  const charts = { validation, sensitivity, training, dynamics };
+  function stability() {
+    const quantity = data.stabilityQuantities[state.stability], label = STABILITY[quantity] || "";
+    const series = data.stability.filter((s) => s.quantity === quantity);
+    const traces = series.map((s) => trace(s.m, {
+      x: s.x, y: s.y, mode: s.y.length > 1 ? "lines+markers" : "markers", hovertemplate: "%{fullData.name}  %{y:.3~g}<extra></extra>",
+    }));
+    for (const s of series) {
+      if (s.ty) traces.push(trace(s.m, { x: s.tx, y: s.ty, line: { ...line(s.m), dash: "dot", width: 1.5 }, hovertemplate: "%{fullData.name}, threshold  %{y:.3~g}<extra></extra>" }));
+    }
+    const at = ["relative_sharpness", "radius_ratio", "overshoot"].includes(quantity) ? 1 : null;
+    const shapes = at === null ? [] : [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: at, y1: at, line: { dash: "dot", width: 1.5, color: css("--muted") } }];
+    const values = [...traces.flatMap((t) => t.y), ...(at === null ? [] : [at])];
+    const y = Math.min(...values) > 0 ? log(label, values) : axis(label);
+    return { traces, empty: "No stability was measured.", layout: layout({ xaxis: steps(), yaxis: y, shapes, uirevision: quantity }) };
+  }
+
+  const charts = { validation, sensitivity, training, dynamics, ...(byId("chart-stability") ? { stability } : {}) };
   const config = {
     responsive: true, displayModeBar: touch ? false : "hover", displaylogo: false, doubleClick: "reset+autosize",
     modeBarButtons: [["toImage", "resetScale2d"]], toImageButtonOptions: { format: "png", scale: 2, filename: "steepest-race" },
@@ -230,6 +250,10 @@
     label.append(input, text);
     input.addEventListener("change", () => { state.quantity = key; draw("dynamics"); });
     byId("quantity").append(label);
+  }
+  if (byId("chart-stability")) {
+    fill(byId("stability-quantity"), data.stabilityQuantities.map((key) => STABILITY[key]));
+    byId("stability-quantity").addEventListener("change", (e) => { state.stability = +e.target.value; draw("stability"); });
   }
   byId("dynamics-controls").hidden = !data.dynamics.length;
   byId("validation-controls").hidden = !(data.validation.length || data.training.length);

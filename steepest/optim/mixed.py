@@ -48,7 +48,7 @@ class Mixed(Optimizer):
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite must be one of {', '.join(get_args(NonFinite))}; got {nonfinite!r}")
         self.nonfinite = nonfinite
-        self.skipped_steps = 0
+        self._skipped = 0
         checked = _checked(parts)
         self._parts: dict[str, Optimizer] = {}
         super().__init__([{"params": []}], {})  # sets up hooks; while there are no parts, groups are ignored
@@ -59,6 +59,11 @@ class Mixed(Optimizer):
     def parts(self) -> Mapping[str, Optimizer]:
         """The optimizers by name; read-only, the optimizers themselves may be used."""
         return MappingProxyType(self._parts)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps `nonfinite="skip"` has left out, of all parts at once or of one that checks for itself."""
+        return self._skipped + max(getattr(part, "skipped_steps", 0) for part in self._parts.values())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -98,7 +103,7 @@ class Mixed(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.nonfinite != "ignore" and not self._finite():
-            self.skipped_steps += 1
+            self._skipped += 1
             return loss
         for part in self._parts.values():
             part.step()
@@ -183,7 +188,7 @@ class Mixed(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        joined: dict[str, Any] = {"state": {}, "param_groups": [], "parts": {}, "skipped_steps": self.skipped_steps}
+        joined: dict[str, Any] = {"state": {}, "param_groups": [], "parts": {}, "skipped_steps": self._skipped}
         offset = 0
         for name, part in self._parts.items():
             own = part.state_dict()
@@ -223,7 +228,7 @@ class Mixed(Optimizer):
                 part.__dict__.clear()
                 part.__dict__.update(before[name])
             raise
-        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+        self._skipped = int(state_dict.get("skipped_steps", 0))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -268,7 +273,7 @@ class Mixed(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "_parts": self._parts, "nonfinite": self.nonfinite,
-                "skipped_steps": self.skipped_steps}  # fmt: skip
+                "_skipped": self._skipped}  # fmt: skip
 
     def __repr__(self) -> str:
         lines = []

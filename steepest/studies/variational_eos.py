@@ -79,8 +79,8 @@ CLAIMS = (
         reported="sharpness times lr/2 beside VF (our sheet), lr 0.1, sigma 0.01 to 0.06: 0.639/0.665, 0.384/0.346, "
         "0.238/0.182, 0.131/0.139; lr 0.2: 0.818/0.801, 0.421/0.322 (0.03), 0.250/0.275 (0.06)",
         criterion="lr 0.1, one sample, each of 3 seeds: the sharpness falls with every larger sigma, and times lr/2 is "
-        "within a factor 1.7 of the median VF, within 10 % where it is above 0.6. Reported beside: VF of the mean of the "
-        "projections, for the expected descent is linear in the projection, and the median of a noisy square is small",
+        "within a factor 1.7 of the median VF, within 10 % where it is above 0.6. Reported beside: VF of the mean of "
+        "the projections, since the expected descent is linear in it",
         judge=lambda m: [
             *(_increasing([run["relative sharpness"] for run in reversed(seed)]) for seed in m["lr 0.1"]),
             *(_follows(run["relative sharpness"], run["factor"]) for seed in m["lr 0.1"] for run in seed),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steepest._checks import check_int
 from steepest.curvature._problem import Batches, Loss, ModelPoint, Point, scalar, split_batch
-from steepest.curvature.products import RETAINED, ParameterOperator, Pullback, columnwise
+from steepest.curvature.products import RETAINED, ParameterOperator, Pullback, check_twice, columnwise
 
 Middle = Callable[[Tensor], Tensor]
 
@@ -32,6 +32,7 @@ class _Output:
         pulled: Sequence[Tensor | None] = [None] * len(point.tensors)
         if output.requires_grad:
             pulled = torch.autograd.grad(output, point.tensors, self.covector, create_graph=True, allow_unused=True)
+        check_twice(pulled)
         self.present = [i for i, p in enumerate(pulled) if p is not None]
         self.forth = Pullback([p for p in pulled if p is not None], [self.covector])
 

@@ -232,6 +232,23 @@ def test_a_custom_function_without_a_batched_backward() -> None:
     assert torch.equal(J.dense(), torch.diag(3 * x**2))
 
 
+def test_a_part_that_is_differentiable_once_is_an_error_and_no_wrong_number() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    model, (x, y) = classifier()
+    H = Hessian(model, lambda o, t: F.cross_entropy(Once.apply(o), t), (x, y))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        H @ torch.ones(51)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -11,7 +11,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cheap, dal, distributed, freon, ivon, radius, schedules, spectral, spectral_norm, stability
+from benchmarks import (
+    cheap,
+    curvature,
+    dal,
+    distributed,
+    freon,
+    ivon,
+    radius,
+    schedules,
+    spectral,
+    spectral_norm,
+    stability,
+)
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
 
@@ -21,6 +33,7 @@ SUITES = {
     "cheap": cheap,
     "freon": freon,
     "schedules": schedules,
+    "curvature": curvature,
     "dal": dal,
     "radius": radius,
     "ivon": ivon,

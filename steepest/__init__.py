@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steepest import data, dynamics, geometry, minimize, models, optim
+    from steepest import curvature, data, dynamics, geometry, minimize, models, optim
     from steepest.loop import run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "data", "dynamics", "geometry", "minimize", "models", "optim", "run"]
+__all__ = ["__version__", "curvature", "data", "dynamics", "geometry", "minimize", "models", "optim", "run"]
 
-_SUBMODULES = {"data", "dynamics", "geometry", "minimize", "models", "optim"}
+_SUBMODULES = {"curvature", "data", "dynamics", "geometry", "minimize", "models", "optim"}
 
 
 def __getattr__(name: str) -> Any:

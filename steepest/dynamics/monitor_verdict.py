@@ -87,7 +87,7 @@ def _spike(history: Mapping[str, Sequence[float]], losses: list[float]) -> str |
 def _margin(history: Mapping[str, Sequence[float]], ratio: float | None) -> str:
     parts = []
     if ratio is not None:
-        parts.append(f"the sharpness is {ratio:.2f} of its threshold {_recent(history, 'threshold'):.3g}")
+        parts.append(f"the sharpness is {ratio:.2f} of its threshold")
     radius = _recent(history, "radius_ratio")
     if radius is not None:
         parts.append(f"a step is {radius:.2g} of the convergence radius")

@@ -60,8 +60,24 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "hollow": hollow_document(),
         "many": race_document(methods=30, steps=60, lr_trials=3),
         "single": race_document(methods=1, seeds=1, steps=60),
+        "watched": watched_document(),
     }
     return {name: write_report(document, folder / f"{name}.html") for name, document in documents.items()}
+
+
+def watched_document() -> dict[str, Any]:
+    """A race of which the trials were measured for their stability."""
+    document = race_document(methods=3, steps=60)
+    for trial in document["trials"]:
+        trial["stability"] = {
+            "step": [30, 60],
+            "relative_sharpness": [0.4, 0.9],
+            "sharpness": [8, 18],
+            "edge": [20, 20],
+        }
+        trial["stability"]["threshold"] = [20.0, 20.0]
+        trial["stability_verdict"] = "At the edge of stability."
+    return document
 
 
 @pytest.fixture
@@ -104,6 +120,17 @@ def test_charts_are_drawn(opened: Any, name: str) -> None:
             chart,
         )
         assert marks > 0
+
+
+def test_stability_is_drawn_with_its_threshold(opened: Any) -> None:
+    page = opened("watched").page
+    names = "() => document.getElementById('chart-stability').data.map(t => t.y)"
+    assert page.evaluate(names) == [[0.4, 0.9]] * 3
+    page.select_option("#stability-quantity", label="Sharpness")
+    page.wait_for_timeout(300)
+    assert page.evaluate(names) == [[8, 18]] * 3 + [[20, 20]] * 3
+    assert "At the edge of stability." in page.locator("#stability").inner_text()
+    assert opened("plain").page.locator("#stability").count() == 0
 
 
 def test_nothing_to_draw_says_so(opened: Any) -> None:

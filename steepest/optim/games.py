@@ -139,7 +139,7 @@ class TwoPlayerOptimizer(Mixed):
             filled = [t for t in tensors if t is not None]
             if self.nonfinite != "ignore" and (bad := first_nonfinite([*filled, losses[player].detach()])) is not None:
                 if self.nonfinite == "skip":
-                    self.skipped_steps += 1
+                    self._skipped += 1
                     return False
                 what = "its loss is" if bad == len(filled) else f"a gradient of shape {tuple(filled[bad].shape)} is"
                 raise FloatingPointError(

@@ -12,9 +12,10 @@ from steepest.optim import Muon
 
 TITLE = "Spectral optimizers: one step"
 DESCRIPTION = (
-    "Default settings of each; `compiled` is ours with compile=True. `ratio` is our time over the peer's: below one, ours is faster. The orthogonality error "
-    "is the largest |s - 1| among the singular values s of the first update, over the directions in which the momentum "
-    "has more than 1e-3 of its largest singular value; it is given where the scale of the step is documented."
+    "Default settings of each; `compiled` is ours with compile=True. `ratio` is our time over the peer's: below one, "
+    "ours is faster. The orthogonality error is the largest |s - 1| among the singular values s of the first update, "
+    "over the directions in which the momentum has more than 1e-3 of its largest singular value; it is given where the "
+    "scale of the step is documented."
 )
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -46,12 +48,11 @@ def rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
         "trace_stability, exact": lambda: trace_stability(net, None, (x, y), 0.01, probes=0).trace,
     }
     if operator is not None:
-        from curvlinops import hutchinson_trace
-
+        estimate = import_module("curvlinops").hutchinson_trace
         report["curvlinops GGN, largest eigenvalue only"] = lambda: float(
             eigsh(operator.to_scipy(), k=1, tol=1e-4, return_eigenvectors=False)[0]  # type: ignore[arg-type]
         )
-        trace["curvlinops GGN, 4 probes"] = lambda: float(hutchinson_trace(operator, 4))
+        trace["curvlinops GGN, 4 probes"] = lambda: float(estimate(operator, 4))
     few = max(1, repeats // 5)
     yield from _rows(title, report, few)
     exact = trace_stability(net, None, (x, y), 0.01, probes=0).trace
@@ -98,10 +99,9 @@ def _by_loop(net: nn.Module, x: Tensor) -> float:
 
 
 def _peer(net: nn.Module, x: Tensor, y: Tensor) -> Any:
-    try:
-        from curvlinops import GGNLinearOperator
-    except ImportError:
+    if find_spec("curvlinops") is None:
         return None
     params = [value for value in net.parameters() if value.requires_grad]
     # MSELoss has twice the curvature of half the squared error.
-    return GGNLinearOperator(net, nn.MSELoss(), params, [(x, y)], check_deterministic=False) * 0.5
+    made = import_module("curvlinops").GGNLinearOperator
+    return made(net, nn.MSELoss(), params, [(x, y)], check_deterministic=False) * 0.5

@@ -34,6 +34,6 @@ def part(tensor: Tensor) -> tuple[Tensor, float]:
     """Evenly spaced blocks of a large tensor, and the factor from their norm to the whole one's."""
     if tensor.numel() <= 1 << 15 or not tensor.is_contiguous():
         return tensor, 1.0
-    count = tensor.numel() >> 12
-    part = tensor.view(-1)[: count << 12].view(count, -1)[::8]
-    return part, math.sqrt(tensor.numel() / part.numel())
+    count = tensor.numel() >> 10
+    piece = tensor.view(-1)[: count << 10].view(count, -1)[::32]
+    return piece, math.sqrt(tensor.numel() / piece.numel())

@@ -108,7 +108,7 @@ class RadiusMeter:
         return joined([distance(n, o) for now, old in pairs for n, o in blocks(now.detach(), old)])
 
     def sample(self) -> list[Tensor]:
-        """An eighth of every large parameter, and the small ones whole: enough to estimate a length."""
+        """A 32nd of every large parameter, and the small ones whole: enough to estimate a length."""
         return [part(parameter.detach())[0].clone() for parameter in self.parameters]
 
     def sampled_length(self, sample: Sequence[Tensor]) -> float:

@@ -40,7 +40,7 @@ class RadiusClip(Optimizer):
     1/safety since. A learning rate or gradient that jumps is caught at once. A step whose forecast (the last length,
     times the growth of learning rates and gradient) is below half of that limit is made without a copy of the
     parameters; should it go beyond the limit all the same, it stands, is counted in `late_steps`, and the next one is
-    measured. Between measurements, lengths and gradients of large parameters are estimated from an eighth of them.
+    measured. Between measurements, lengths and gradients of large parameters are estimated from a 32nd of them.
 
     Args:
         optimizer: proposes the steps: any of torch's, `Muon`, `Mixed`, or your own.

@@ -19,7 +19,9 @@ def river_residual(
 
     Args:
         hessian: the Hessian of the loss at the point, `Hessian(model, loss_fn, data)` or `Hessian.of(function, x)`.
-        tol, max_products, generator: see `steepest.curvature.top_eigenpairs`.
+        tol: of the eigenvector, see `steepest.curvature.top_eigenpairs`.
+        max_products: the most Hessian products.
+        generator: of the random start.
 
     Returns:
         The residual; 0 where the gradient is zero.

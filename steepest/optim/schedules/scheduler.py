@@ -147,7 +147,9 @@ class ScheduledLR(LRScheduler):
 
         Args:
             steps: length of the decay.
-            floor_ratio, shape, endpoint: as in the constructor, whose values are taken where they are None.
+            floor_ratio: as in the constructor, whose value is taken where it is None.
+            shape: likewise.
+            endpoint: likewise.
 
         Raises:
             ValueError: a wrong argument. Nothing is changed then.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from steepest.geometry import Hybrid, OneSided, RowNorm, Spectral
-from steepest.models import GPT, GPTConfig
+from steepest.models import GPT, MLP, GPTConfig
 from steepest.optim import (
     ClippedScion,
     Freon,
@@ -35,6 +35,7 @@ from steepest.optim import (
     SignDescent,
     SpectralControl,
     SteepestDescent,
+    SymmetryStack,
     ball_ratios,
     build,
     distribute,
@@ -346,6 +347,149 @@ def fit_gpt(model: nn.Module, optimizer: Any, rank: int, world: int) -> None:
         optimizer.step()
 
 
+class Blocks(nn.Module):
+    """Every layout of a transformer: heads in one parameter, (in, out) storage, gate and up in turns, experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, (name, (shape, _)) in enumerate(BLOCKS.items()):
+            start = value(name, shape, index) / shape[-1] ** 0.5
+            self.register_parameter(name, Parameter(start if len(shape) > 1 else torch.ones_like(start)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        w = dict(self.named_parameters())
+        x = w["embedding"][tokens] * w["gain"]
+        query, key, values = (x @ w["qkv"]).split((8, 4, 4), -1)  # two heads of queries share one of keys and values
+        heads = [torch.softmax(part @ key.mT / 2, -1) @ values for part in query.split(4, -1)]
+        x = x + torch.cat(heads, -1) @ w["out"].mT
+        mixed = (x @ w["router"].mT).softmax(-1)
+        gate_up = torch.einsum("btd,edf->btef", x, w["gate_up"])
+        hidden = torch.tanh(gate_up[..., 0::2]) * gate_up[..., 1::2]
+        x = x + torch.einsum("bte,btef,edf->btd", mixed, hidden, w["down"])
+        gate, up = (x @ w["pair"].mT).chunk(2, -1)
+        x = x + (torch.tanh(gate) * up) @ w["column"].mT
+        return (x @ w["head"].mT).log_softmax(-1).square().mean()
+
+
+# name: (shape, settings of its group); some first sides are smaller than four ranks, and most do not divide by them.
+BLOCKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "embedding": ((11, 6), {"rule": "row"}),
+    "qkv": ((6, 16), {"rule": "muon", "split": (4, 4, 4, 4), "transposed": True}),
+    "out": ((6, 8), {"rule": "muon", "input_split": (4, 4)}),
+    "gate_up": ((3, 6, 10), {"rule": "muon", "interleaved": 2, "transposed": True}),
+    "down": ((3, 6, 5), {"rule": "hybrid", "norm": Hybrid(method="svd", per_matrix_scale=False)}),
+    "router": ((3, 6), {"rule": "centered_left", "norm": OneSided(method="eigh", side="left", center=True)}),
+    "pair": ((10, 6), {"rule": "pair", "norm": RowNorm(orientation="pair_concatenated")}),
+    "column": ((6, 5), {"rule": "column_hybrid", "norm": Hybrid(method="svd", orientation="columns")}),
+    "head": ((11, 6), {"rule": "centered_row"}),
+    "gain": ((6,), {"rule": "adamw"}),
+}
+
+
+def layout_optimizer(model: nn.Module) -> SymmetryStack:
+    named = {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+    groups = []
+    for name, (_, settings) in BLOCKS.items():
+        exact = {"norm": EXACT} if settings["rule"] == "muon" else {}
+        groups.append({"params": [(name, named[name])], "lr": 0.02, **exact, **settings})
+    return SymmetryStack(groups, momentum=0.8)
+
+
+def fit_layouts(model: nn.Module, optimizer: Any, rank: int, world: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(STEPS):
+        tokens = torch.randint(11, (4, 5), generator=generator).chunk(world)[rank]
+        optimizer.zero_grad()
+        model(tokens).backward()
+        optimizer.step()
+
+
+def layouts(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Heads, fused and alternating blocks, experts and pairs, sharded by rows that cut through them, and dealt out."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    found: dict[str, Any] = {}
+    for name, sizes in {"fsdp": (world,), **({"hsdp": (2, 2)} if world == 4 else {})}.items():
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
+        model = Blocks()
+        fully_shard(model, mesh=mesh)
+        fit_layouts(model, layout_optimizer(model), rank, world)
+        found[name] = full(dict(model.named_parameters()))
+    model = Blocks()
+    optimizer = distribute(layout_optimizer(model))
+    fit_layouts(nn.parallel.DistributedDataParallel(model), optimizer, rank, world)
+    found["ddp"] = full(dict(model.named_parameters()))
+    counts = [getattr(part, "distribution", None) for part in optimizer.parts.values()]
+    found["ddp matrices"] = sum(each.matrices for each in counts if each is not None)
+    return found
+
+
+def make_mlp() -> MLP:
+    generator = torch.Generator().manual_seed(0)
+    return MLP([6, 7, 7, 7, 3], "tanh", generator=generator, dtype=torch.float64)
+
+
+def fit_dropping(model: nn.Module, rank: int, world: int, deal: bool = False) -> list[list[int]]:
+    """Steps of Drop-Muon; which layers moved in each."""
+    optimizer: Any = build(model, "drop_muon", lr=0.02, polar="svd")
+    if deal:
+        distribute(optimizer)
+    sets = []
+    for _, batch in zip(range(6), batches(), strict=False):
+        sets.append(list(optimizer.active))
+        optimizer.zero_grad()
+        model(batch.chunk(world)[rank]).square().mean().backward()
+        optimizer.step()
+    return sets
+
+
+def dropped_layers(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    found: dict[str, Any] = {}
+    model: Any = make_mlp()
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    found["fsdp sets"] = fit_dropping(model, rank, world)
+    found["fsdp"] = full(dict(model.named_parameters()))
+    model = make_mlp()
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    found["ddp sets"] = fit_dropping(wrapped, rank, world, deal=True)
+    found["ddp"] = full(dict(model.named_parameters()))
+    return found
+
+
+def make_mixture(name: str) -> GPT:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"vocab_size": 11, "context": 8, "layers": 2, "heads": 2, "width": 8}
+    return GPT(GPTConfig(**options, experts=4, balance=name, balance_strength=0.1)).double()
+
+
+def fit_mixture(model: nn.Module, rank: int, world: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    fit_gpt(model, optimizer, rank, world)
+
+
+def balanced(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Mixtures of experts inside the wrappers: routers, prices and biases follow all ranks' tokens."""
+    from torch.distributed.fsdp import fully_shard
+
+    found: dict[str, Any] = {}
+    for name in ("phi", "loss_free", "global_switch"):
+        model: Any = make_mixture(name)
+        for layer in model.blocks:
+            fully_shard(layer)
+        fully_shard(model)
+        fit_mixture(model, rank, world)
+        found[f"fsdp {name}"] = full(dict(model.named_parameters())) | full(dict(model.named_buffers()))
+        model = make_mixture(name)
+        fit_mixture(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), rank, world)
+        found[f"ddp {name}"] = full(dict(model.named_parameters())) | full(dict(model.named_buffers()))
+    return found
+
+
 def bad_gradients(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """NaN in the shard of the last rank alone."""
     place, found = place_on(world, "rows"), {}
@@ -479,6 +623,9 @@ SCENARIOS: dict[str, Scenario] = {
     "bytes": bytes_sent,
     "networks": networks,
     "gpt": gpt,
+    "layouts": layouts,
+    "dropped layers": dropped_layers,
+    "balanced": balanced,
     "ball": on_the_ball,
     "bad gradients": bad_gradients,
     "disagreement": disagreement,

@@ -91,6 +91,39 @@ def test_trajectories_are_those_of_one_process(results: Results, alone: Any, wor
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_04_empty_shards_neither_hang_nor_change_results(results: Results, alone: Any, world: int) -> None:
+    """A trap of peers: one row cut for two or four ranks leaves some with nothing."""
+    ranks = scenario(results, world, "trajectories")
+    place = list(worker.shapes(True)).index("one row")
+    empty = [rank["rows: scion"]["local"][place].numel() == 0 for rank in ranks]
+    assert empty == [False] + [True] * (world - 1)
+    for rank in ranks:
+        assert torch.allclose(
+            rank["rows: scion"]["weights"]["one row"], alone["scion"][1]["one row"], rtol=0, atol=1e-10
+        )
+
+
+def test_04_results_do_not_depend_on_the_number_of_ranks(results: Results) -> None:
+    """A trap of peers: each rank chose rows of its own shard. Here two and four ranks agree."""
+    two, four = (scenario(results, world, "trajectories")[0] for world in WORLDS)
+    for case in two.keys() & four.keys():
+        assert_same(two[case]["weights"], four[case]["weights"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_07_norms_are_those_of_the_whole_and_not_of_a_shard(results: Results, alone: Any, world: int) -> None:
+    """A trap of peers: every norm that sums over what another rank holds."""
+    ranks = scenario(results, world, "trajectories")
+    for mesh, names in (
+        ("rows", ("normalized", "normalized over all", "joint", "columns")),
+        ("columns", ("joint of rows",)),
+    ):
+        for name in names:
+            for rank in ranks:
+                assert_same(rank[f"{mesh}: {name}"]["weights"], alone[name][1])
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_momenta_are_sharded_as_the_parameters_are(results: Results, world: int) -> None:
     for rank in scenario(results, world, "trajectories"):
         assert all(entry.get("momenta are sharded", True) for entry in rank.values())
@@ -158,6 +191,46 @@ def test_a_sharded_gpt_trains_as_in_one_process(results: Results, world: int) ->
     expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for rank in scenario(results, world, "gpt"):
         assert_same(rank, expected, 1e-9)  # AdamW divides by small second moments
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_layouts_train_as_in_one_process(results: Results, world: int) -> None:
+    """Heads, fused and alternating blocks, experts, pairs: matrices that shards cut through."""
+    model = worker.Blocks()
+    worker.fit_layouts(model, worker.layout_optimizer(model), 0, 1)
+    expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    ranks = scenario(results, world, "layouts")
+    for rank in ranks:
+        for kind in ("fsdp", "hsdp", "ddp") if world == 4 else ("fsdp", "ddp"):
+            assert_same(rank[kind], expected)
+    # 4 heads of queries, keys and values, 2 of the output, gate and up of 3 experts, 3 coupled ones, router, column
+    assert sum(rank["ddp matrices"] for rank in ranks) == (4 + 2 + 6 + 3 + 1 + 1) * worker.STEPS
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_dropped_layers_train_as_in_one_process(results: Results, world: int, kind: str) -> None:
+    model = worker.make_mlp()
+    sets = worker.fit_dropping(model, 0, 1)
+    assert len({tuple(each) for each in sets}) > 1
+    for rank in scenario(results, world, "dropped layers"):
+        assert rank[f"{kind} sets"] == sets
+        assert_same(rank[kind], {name: parameter.detach() for name, parameter in model.named_parameters()}, 1e-9)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ["phi", "loss_free", "global_switch"])
+def test_experts_are_balanced_as_in_one_process(results: Results, world: int, name: str) -> None:
+    model = worker.make_mixture(name)
+    worker.fit_mixture(model, 0, 1)
+    expected = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    state = {key: buffer for key, buffer in model.named_buffers() if "balancer" in key}
+    assert any(bool(buffer.any()) for buffer in state.values())
+    for rank in scenario(results, world, "balanced"):
+        for wrapper in ("fsdp", "ddp"):
+            found = rank[f"{wrapper} {name}"]
+            assert_same({key: found[key] for key in expected}, expected, 1e-7)  # loads are counted in float32
+            assert_same({key: found[key] for key in state}, state, 1e-6)
 
 
 def test_tensor_parallel_and_sharded(results: Results) -> None:

@@ -61,8 +61,9 @@ def step_drift(curvature: Curvature, h: float | Tensor) -> StepDrift:
         >>> from steepest.curvature import Hessian
         >>> from steepest.dynamics import step_drift
         >>> A = Hessian.of(lambda x: (x * x).sum(), torch.tensor([3.0, 4.0]))
-        >>> float(step_drift(A, 0.1).distance), float(step_drift(A, 0.1).lr)
-        (0.10000000149011612, 1.0)
+        >>> drift = step_drift(A, 0.1)
+        >>> round(float(drift.distance), 6), round(float(drift.lr), 6)
+        (0.1, 1.0)
     """
     if not isinstance(h, Tensor) and not (math.isfinite(h) and h >= 0):
         raise ValueError(f"h must be a finite number, at least 0; got {h!r}")

@@ -180,8 +180,8 @@ class TwoPlayer:
             >>> one = torch.ones(1, dtype=torch.float64)
             >>> game = TwoPlayer(lambda x, y: (x * y).sum(), lambda x, y: -(x * y).sum(), one, one)
             >>> matrix = game.jacobian(lambda at: game.step((0.3, 0.2), "alternating", at=at))
-            >>> torch.linalg.eigvals(matrix).abs()
-            tensor([1., 1.], dtype=torch.float64)
+            >>> [round(float(size), 6) for size in torch.linalg.eigvals(matrix).abs()]
+            [1.0, 1.0]
         """
         flat = torch.cat([tensor.reshape(-1) for player in self.point for tensor in player]).detach()
 

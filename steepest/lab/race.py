@@ -107,8 +107,11 @@ def _write(folder: Path, document: dict[str, Any]) -> None:
 
     write_report(document, folder / "report.html")
     trials = folder / "trials"
-    if document["status"] == "complete" and trials.is_dir() and not any(trials.iterdir()):
-        trials.rmdir()
+    if document["status"] == "complete" and trials.is_dir():
+        for part in trials.glob(".*.part"):  # of a checkpoint whose writing was killed
+            part.unlink(missing_ok=True)
+        if not any(trials.iterdir()):
+            trials.rmdir()
 
 
 def _conclude(console: Any, folder: Path, document: dict[str, Any]) -> None:

@@ -113,6 +113,7 @@ def test_kill_9_and_the_same_command_goes_on(waves, race_process, tmp_path):
     wait_for(lambda: any(checkpoints.glob("*.ckpt")))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    (checkpoints / ".half.ckpt.x.part").write_bytes(b"what a kill leaves in the middle of writing")
     before = {key: (record.number, record.result) for key, record in store_of(given).finished().items()}
     assert before
     document = race(RaceSettings(**given))

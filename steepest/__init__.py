@@ -7,13 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steepest import curvature, data, dynamics, geometry, minimize, models, optim
+    from steepest import curvature, data, dynamics, geometry, gradient_free, minimize, models, nn, optim
     from steepest.loop import run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "curvature", "data", "dynamics", "geometry", "minimize", "models", "optim", "run"]
+__all__ = [
+    "__version__",
+    "curvature",
+    "data",
+    "dynamics",
+    "geometry",
+    "gradient_free",
+    "minimize",
+    "models",
+    "nn",
+    "optim",
+    "run",
+]
 
-_SUBMODULES = {"curvature", "data", "dynamics", "geometry", "minimize", "models", "optim"}
+_SUBMODULES = frozenset(__all__) - {"__version__", "run"}
 
 
 def __getattr__(name: str) -> Any:

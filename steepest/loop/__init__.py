@@ -8,5 +8,24 @@ from steepest.loop.branching import branch, on_checkpoint
 from steepest.loop.driver import run
 from steepest.loop.record import Record, Result, Stepper
 from steepest.loop.rules import Diverged, Seconds, Steps, Tolerance
+from steepest.loop.schedules import Cosine, Geometric, Linear, Schedule, value_at
+from steepest.loop.stepper import Resumable
 
-__all__ = ["Diverged", "Record", "Result", "Seconds", "Stepper", "Steps", "Tolerance", "branch", "on_checkpoint", "run"]
+__all__ = [
+    "Cosine",
+    "Diverged",
+    "Geometric",
+    "Linear",
+    "Record",
+    "Result",
+    "Resumable",
+    "Schedule",
+    "Seconds",
+    "Stepper",
+    "Steps",
+    "Tolerance",
+    "branch",
+    "on_checkpoint",
+    "run",
+    "value_at",
+]

@@ -1,0 +1,137 @@
+"""One forward pass for a batch of weights: walk the module tree, batch what is known, and vmap the rest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from steepest.nn._population_rules import RULES
+
+# By the identity of a searched parameter: its candidates, (b, *shape).
+Tables = Mapping[int, Tensor]
+
+
+class Forward:
+    """Runs a model for all candidates of a table.
+
+    Activations and weights carry a leading dimension of candidates, of length 1 where all candidates agree. So layers
+    before the first searched one are evaluated once.
+    """
+
+    def __init__(self, model: nn.Module, fallbacks: dict[str, str]) -> None:
+        self.model = model
+        self.fallbacks = fallbacks
+        self._loss_loops: set[Any] = set()
+
+    def __call__(self, tables: Tables, inputs: Any) -> Any:
+        """The outputs, (b, ...)."""
+        count = len(next(iter(tables.values())))
+        if isinstance(inputs, Tensor):
+            found = self._module("", self.model, tables, inputs.unsqueeze(0))
+        else:
+            found = self._general("", self.model, tables, inputs, False)
+        return tree_map(lambda each: each.expand(count, *each.shape[1:]), found)
+
+    def _module(self, name: str, module: nn.Module, tables: Tables, x: Tensor) -> Tensor:
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not hooked:
+            for key, child in module.named_children():
+                x = self._module(f"{name}.{key}" if name else key, child, tables, x)
+            return x
+        if len(x) == 1 and not any(id(p) in tables for p in module.parameters()):
+            return _call(module, {}, _copies(module), (x[0],), {}).unsqueeze(0)
+        rule = getattr(type(module), "population_forward", None) or RULES.get(type(module))
+        if rule is not None and not hooked:
+            found = rule(module, _weights(module, tables), x)
+            if found is not NotImplemented:
+                return found
+        return self._general(name, module, tables, x, True)
+
+    def _general(self, name: str, module: nn.Module, tables: Tables, inputs: Any, led: bool) -> Any:
+        """Any module through vmap, or candidate by candidate; `led`: the input has the leading dimension."""
+        batched = {key: tables[id(p)] for key, p in module.named_parameters() if id(p) in tables}
+        counts = {len(each) for each in batched.values()}
+        if led:
+            shared = len(inputs) == 1 and bool(counts)
+            counts.add(1 if shared else len(inputs))
+            arguments: Sequence[Any] = (inputs[0] if shared else inputs,)
+            named: Mapping[str, Any] = {}
+        else:
+            shared = True
+            named = inputs if isinstance(inputs, Mapping) else {}
+            arguments = (inputs,) if isinstance(inputs, Tensor) else () if named else tuple(inputs)
+        count = max(counts)
+        buffers = _copies(module)
+        if module.training:  # each candidate's own, since a forward pass may change them
+            buffers = {key: each.expand(count, *each.shape).clone() for key, each in buffers.items()}
+        dims = None if shared else 0
+
+        def call(weights: Any, own: Any, args: Any) -> Any:
+            return _call(module, weights, own, args, named)
+
+        key = name or type(module).__name__
+        if self.fallbacks.get(key) != "loop":
+            try:
+                mapped = vmap(call, in_dims=(0, 0 if module.training else None, dims), randomness="same")
+                found = mapped(batched, buffers, arguments)
+                self.fallbacks[key] = "vmap"
+                return found
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # the loop raises what is the module's own fault
+                pass
+        state = torch.get_rng_state()
+        found = []
+        for i in range(count):
+            torch.set_rng_state(state)
+            own = {key: each[i] if module.training else each.clone() for key, each in buffers.items()}
+            args = arguments if shared else tuple(each[i] for each in arguments)
+            found.append(call({key: each[i] for key, each in batched.items()}, own, args))
+        self.fallbacks[key] = "loop"
+        return tree_map(lambda *each: torch.stack(each), *found)
+
+    def losses(self, loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
+        """loss_fn for each candidate's output, (b,)."""
+        if loss_fn not in self._loss_loops:
+            try:
+                return _numbers(vmap(lambda each: loss_fn(each, targets), randomness="same")(outputs), 1)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass
+        count = len(tree_leaves(outputs)[0])
+        found = []
+        for i in range(count):
+            own = tree_map(lambda each: each[i], outputs)  # noqa: B023
+            found.append(_numbers(torch.as_tensor(loss_fn(own, targets)), 0))
+        self._loss_loops.add(loss_fn)
+        return torch.stack(found)
+
+
+def _numbers(values: Tensor, leading: int) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim != leading or values.is_complex():
+        shape = tuple(values.shape[leading:]) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"loss_fn must give one real number for one candidate's output, got {shape}")
+    return values
+
+
+def _weights(module: nn.Module, tables: Tables) -> dict[str, Tensor]:
+    """All parameters of a module by their name there: candidates, or the present value with a leading 1."""
+    found = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        each = tables.get(id(p))
+        found[name] = p.detach().unsqueeze(0) if each is None else each
+    return found
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def _call(module: nn.Module, weights: Any, buffers: Any, arguments: Any, named: Any) -> Any:
+    if not weights and not buffers:
+        return module(*arguments, **named)
+    return functional_call(module, {**weights, **buffers}, tuple(arguments), dict(named))

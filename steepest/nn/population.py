@@ -1,0 +1,228 @@
+"""Many candidate weights of one network, evaluated together: what gradient-free training of networks stands on."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from steepest._checks import check_int
+from steepest.nn._population_forward import Forward
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+class Population:
+    """A network whose weights come as a batch: row b of `weights` is one candidate, all parameters in one vector.
+
+    `outputs(w, x)[b] = f(x; w_b)` and `losses(w, ℓ, x, y)[b] = ℓ(f(x; w_b), y)`, with the same minibatch and the same
+    random numbers for all candidates. The model's parameters and buffers are read and never written, but by `write`.
+    There is no gradient.
+
+    How the forward pass is batched follows the module tree. `nn.Sequential` is walked. The layers of `torch.nn` and
+    `steepest.nn` that are known have batched forms (one matrix product for a stack of weights, grouped convolutions);
+    a module of yours can bring its own, `population_forward(weights, x)`. Everything else
+    goes through `torch.func.vmap`, and what that cannot batch through a loop over candidates.
+    `fallbacks` says which modules those were.
+
+    Args:
+        model: The network. Its mode is as it was after each call.
+        parameters: Names, or patterns with `*` and `?`, of the parameters to search; all if None. Frozen parameters
+            (`requires_grad=False`) are left out, and tied ones count once.
+        chunk_size: Candidates evaluated at once: bounds the memory. None chooses by the size of the layers.
+        train: Evaluate in training mode (dropout with one mask for all candidates, batch statistics for each), without
+            changing any buffer; in evaluation mode otherwise.
+
+    Attributes:
+        names: The parameters searched, in the order of the model.
+        shapes: Their shapes.
+        size: d, the number of weights.
+        fallbacks: Modules without a batched form, with "vmap" or "loop"; filled by the evaluations.
+
+    Raises:
+        ValueError: there is no parameter to search, a name is unknown or frozen, or `chunk_size` is below 1.
+        TypeError: a parameter is not real floating point, or `model` is not a module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        parameters: str | Iterable[str] | None = None,
+        chunk_size: int | None = None,
+        train: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if chunk_size is not None:
+            check_int("chunk_size", chunk_size)
+        self.model = model
+        self.chunk_size = chunk_size
+        self.train = train
+        self._parameters = _chosen(model, parameters)
+        self.names = tuple(self._parameters)
+        self.shapes = tuple(p.shape for p in self._parameters.values())
+        self._sizes = [p.numel() for p in self._parameters.values()]
+        self.size = sum(self._sizes)
+        self.fallbacks: dict[str, str] = {}
+        self._forward = Forward(model, self.fallbacks)
+
+    def __repr__(self) -> str:
+        return f"Population({type(self.model).__name__}, parameters={len(self.names)}, size={self.size})"
+
+    def vector(self) -> Float[Tensor, " d"]:
+        """The present weights, flattened in the order of `names`: a copy."""
+        return torch.cat([p.detach().reshape(-1) for p in self._parameters.values()])
+
+    @torch.no_grad()
+    def write(self, vector: Float[Tensor, " d"]) -> None:
+        """Put a vector into the model, in place.
+
+        Raises:
+            ValueError: it does not have the shape (d,). Nothing was changed.
+        """
+        if not isinstance(vector, Tensor) or vector.shape != (self.size,):
+            shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(f"vector must have shape ({self.size},), one weight for each entry, got {shape}")
+        for p, part in zip(self._parameters.values(), vector.detach().split(self._sizes), strict=True):
+            p.copy_(part.reshape(p.shape))
+
+    def outputs(self, weights: Float[Tensor, "*b d"], inputs: Inputs) -> Tensor:
+        """The network's output for every candidate, shape (b, ...).
+
+        Args:
+            weights: The candidates, shape (b, d); more leading dimensions, or none, as they come.
+            inputs: What the model is called with: a tensor, a tuple of arguments, or a mapping of named arguments. The
+                same for all candidates.
+
+        Raises:
+            ValueError: `weights` does not end in d.
+            TypeError: the model's output is not a tensor.
+        """
+        flat = self._checked(weights)
+        parts = list(self._chunks(flat, inputs))
+        if not isinstance(parts[0], Tensor):
+            raise TypeError(
+                f"the model's output must be a tensor, got {type(parts[0]).__name__}; `losses` takes others"
+            )
+        found = torch.cat(parts)[: len(flat)]
+        return found.reshape(*weights.shape[:-1], *found.shape[1:])
+
+    def losses(
+        self,
+        weights: Float[Tensor, "*b d"],
+        loss_fn: Callable[[Any, Any], Tensor],
+        inputs: Inputs,
+        targets: Any = None,
+    ) -> Float[Tensor, "*b"]:
+        """The loss of every candidate on one minibatch.
+
+        Args:
+            weights: The candidates, shape (b, d).
+            loss_fn: `loss_fn(output, targets)` gives one number for one candidate's output.
+            inputs: See `outputs`.
+            targets: Passed on to `loss_fn`.
+
+        Raises:
+            ValueError: `weights` does not end in d, or `loss_fn` does not give one number.
+        """
+        flat = self._checked(weights)
+        parts = [self._forward.losses(loss_fn, part, targets) for part in self._chunks(flat, inputs)]
+        return torch.cat(parts)[: len(flat)].reshape(weights.shape[:-1])
+
+    def objective(
+        self, loss_fn: Callable[[Any, Any], Tensor], inputs: Inputs, targets: Any = None
+    ) -> Callable[[Tensor], Tensor]:
+        """`losses` as a function of the weights alone, (..., N, d) to (..., N): what a search minimises."""
+        return lambda weights: self.losses(weights, loss_fn, inputs, targets)
+
+    def _checked(self, weights: Tensor) -> Tensor:
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"weights must be a tensor of real floating point numbers, got {kind}")
+        if weights.ndim < 1 or weights.shape[-1] != self.size:
+            raise ValueError(
+                f"weights must have shape (b, {self.size}), one candidate a row, got {tuple(weights.shape)}"
+            )
+        return weights.detach().reshape(-1, self.size)
+
+    def _chunks(self, flat: Tensor, inputs: Inputs) -> Iterator[Any]:
+        """The outputs, some candidates at a time; at least one candidate, so that empty input keeps its shape."""
+        if not len(flat):
+            flat = self.vector().unsqueeze(0)
+        chunk = self.chunk_size or self._automatic(inputs)
+        with torch.no_grad(), _mode(self.model, self.train), _same_numbers(flat) as again:
+            for rows in flat.split(chunk):
+                again()
+                yield self._forward(self._tables(rows), inputs)
+
+    def _tables(self, rows: Tensor) -> dict[int, Tensor]:
+        """The rows cut into parameters: (b, *shape) for each, by the identity of the parameter."""
+        parts = rows.split(self._sizes, dim=1)
+        return {
+            id(p): part.unflatten(1, p.shape).to(p) if p.ndim else part.squeeze(1).to(p)
+            for p, part in zip(self._parameters.values(), parts, strict=True)
+        }
+
+    def _automatic(self, inputs: Inputs) -> int:
+        first = inputs if isinstance(inputs, Tensor) else None
+        samples = first.shape[0] if first is not None and first.ndim else 1
+        widest = max((shape[0] for shape in self.shapes if shape), default=1)
+        on_cpu = next(iter(self._parameters.values())).device.type == "cpu"
+        return max(1, (2**23 if on_cpu else 2**28) // (self.size + samples * widest))
+
+
+def _chosen(model: nn.Module, parameters: str | Iterable[str] | None) -> dict[str, nn.Parameter]:
+    known = dict(model.named_parameters())
+    if not known:
+        raise ValueError(f"model {type(model).__name__} has no parameters to search")
+    free = {name: p for name, p in known.items() if p.requires_grad}
+    if parameters is not None:
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        every = dict(model.named_parameters(remove_duplicate=False))
+        asked = set()
+        for pattern in patterns:
+            hits = {id(p) for name, p in every.items() if fnmatchcase(name, pattern)}
+            if not hits:
+                raise ValueError(f"parameters: {pattern!r} matches none of {', '.join(known)}")
+            if not hits & {id(p) for p in free.values()}:
+                raise ValueError(f"parameters: {pattern!r} is frozen (requires_grad=False); set it free to search it")
+            asked |= hits
+        free = {name: p for name, p in free.items() if id(p) in asked}
+    if not free:
+        raise ValueError(f"model {type(model).__name__} has only frozen parameters: there is nothing to search")
+    for name, p in free.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameters: {name!r} is not initialised; run the model once first")
+        if not p.is_floating_point():
+            raise TypeError(f"parameters: {name!r} must be real floating point, got {p.dtype}")
+    return free
+
+
+@contextmanager
+def _mode(model: nn.Module, train: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = train
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def _same_numbers(like: Tensor) -> Iterator[Callable[[], None]]:
+    """A function that sets torch's random numbers back, so that every chunk sees the same ones."""
+    cuda = torch.cuda.get_rng_state(like.device) if like.device.type == "cuda" else None
+    cpu = torch.get_rng_state()
+
+    def again() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, like.device)
+
+    yield again

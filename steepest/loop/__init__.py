@@ -5,6 +5,7 @@ atomic checkpoints and bit-exact resume.
 """
 
 from steepest.loop.branching import branch, on_checkpoint
+from steepest.loop.conformance import StepperCase, check_stepper, stepper_checks
 from steepest.loop.driver import run
 from steepest.loop.record import Record, Result, Stepper
 from steepest.loop.rules import Diverged, Seconds, Steps, Tolerance
@@ -22,10 +23,13 @@ __all__ = [
     "Schedule",
     "Seconds",
     "Stepper",
+    "StepperCase",
     "Steps",
     "Tolerance",
     "branch",
+    "check_stepper",
     "on_checkpoint",
     "run",
+    "stepper_checks",
     "value_at",
 ]

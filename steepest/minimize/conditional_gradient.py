@@ -11,13 +11,14 @@ from torch import Tensor
 from steepest.geometry import Norm
 from steepest.geometry.norms import largest_entry, single
 from steepest.geometry.product import Product
+from steepest.loop import Resumable
 
 Point = Tensor | tuple[Tensor, ...]
 Length = Literal["unit", "sharp"]
 ShortStep = Literal["norm", "ball", "plain"]
 
 
-class ConditionalGradient:
+class ConditionalGradient(Resumable):
     r"""The stepper behind `ggnc`, `ucg`, `steepest_descent` and `s3cg`.
 
     With $g_k = \nabla f(x_k)$ (or a sample of it) and $d_k = \mu d_{k-1} + (1 - \mu) g_k$, $d_0 = 0$:
@@ -31,9 +32,13 @@ class ConditionalGradient:
 
     Attributes:
         x: the present point, like `x0`.
+        points: the same, always as a tuple of tensors.
+        average: d, the average of the gradients; None without momentum.
         loss, dual_norm, length, gap: what the last step measured, one number per problem of the batch; None before.
         steps: how many steps were made.
     """
+
+    _state = ("points", "average", "steps")
 
     def __init__(
         self,
@@ -76,9 +81,10 @@ class ConditionalGradient:
                 f"step_size times clip must be at most 1, or points leave the ball; got {self.step_size * self.clip:g}"
             )
         self._product = norm if isinstance(norm, Product) else Product((norm,))
-        self._x = _tensors(x0, self._single, len(self._product.norms))
-        size = self._product.norm(self._x)
-        self._average = tuple(torch.zeros_like(x) for x in self._x) if momentum else None
+        self.points = _tensors(x0, self._single, len(self._product.norms))
+        size = self._product.norm(self.points)
+        self._batch = tuple(size.shape)
+        self.average = tuple(torch.zeros_like(x) for x in self.points) if momentum else None
         self.loss: Tensor | None = None
         self.dual_norm: Tensor | None = None
         self.length: Tensor | None = None
@@ -94,13 +100,15 @@ class ConditionalGradient:
 
     @property
     def x(self) -> Point:
-        return self._x[0] if self._single else self._x
+        return self.points[0] if self._single else self.points
 
     def step(self) -> Mapping[str, Any]:
         """Take one step.
 
         Raises:
-            FloatingPointError: the gradient is not finite; nothing was changed.
+            FloatingPointError: the loss or the gradient is not finite; nothing was changed.
+            TypeError: f returned no tensor.
+            ValueError: the loss or the gradient has a wrong shape.
         """
         loss, gradient = self._evaluate()
         if not all(bool(each.isfinite().all()) for each in gradient):
@@ -108,17 +116,17 @@ class ConditionalGradient:
                 f"the gradient at step {self.steps} holds NaN or infinity; nothing was changed. A smaller step_size, "
                 "or clipping, keeps the iterates where f is finite"
             )
-        if self._average is not None:
-            self._average = tuple(torch.lerp(g, d, self.momentum) for g, d in zip(gradient, self._average, strict=True))
-            gradient = self._average
+        if self.average is not None:
+            self.average = tuple(torch.lerp(g, d, self.momentum) for g, d in zip(gradient, self.average, strict=True))
+            gradient = self.average
         direction, dual = self._product.direction_and_dual(gradient)
         pairing = dual
         if self.radius is not None:
             direction, pairing = self._in_ball(gradient, direction)
         length = self._length(pairing, direction)
-        self._x = tuple(
+        self.points = tuple(
             x - self.step_size * self._spread(length, x, i) * v
-            for i, (x, v) in enumerate(zip(self._x, direction, strict=True))
+            for i, (x, v) in enumerate(zip(self.points, direction, strict=True))
         )
         self.steps += 1
         self.loss, self.dual_norm, self.length = loss, dual, length
@@ -133,7 +141,7 @@ class ConditionalGradient:
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         r"""$v = x - \beta\,\mathrm{lmo}(d)$, zero in a tensor where d is, and $\langle d, v \rangle$."""
         steps, total = [], torch.zeros(())
-        for x, d, each, norm in zip(self._x, gradient, direction, self._product.norms, strict=True):
+        for x, d, each, norm in zip(self.points, gradient, direction, self._product.norms, strict=True):
             assert self.radius is not None
             moved = largest_entry(d, norm.dims(d), keepdim=True) > 0
             steps.append(torch.where(moved, x + self.radius * each, 0.0))
@@ -150,57 +158,40 @@ class ConditionalGradient:
             value = value / self._product.norm(direction).square().clamp_min(torch.finfo(value.dtype).tiny)
         return value.clamp_max(self.clip)
 
+    def _check_loss(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"f must return a tensor, got {type(loss).__name__}")
+        if tuple(loss.shape) not in ((), self._batch) or loss.is_complex():
+            expected = "a real scalar" if not self._batch else f"a real number for each problem, of shape {self._batch}"
+            raise ValueError(f"f must return {expected}, got the shape {tuple(loss.shape)} and dtype {loss.dtype}")
+        if not bool(loss.isfinite().all()):
+            raise FloatingPointError(
+                f"f at step {self.steps} is NaN or infinity; nothing was changed. A smaller step_size, or clipping, "
+                "keeps the iterates where f is finite"
+            )
+
     def _spread(self, value: Tensor, x: Tensor, index: int) -> Tensor:
         return self._product.spread(value, x, index)
 
     def _evaluate(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        points = tuple(x.detach().requires_grad_(self._gradient is None) for x in self._x)
+        points = tuple(x.detach().requires_grad_(self._gradient is None) for x in self.points)
         point = points[0] if self._single else points
         with torch.enable_grad():
             loss = None if self.f is None else self.f(point)
-        if loss is not None and not isinstance(loss, Tensor):
-            raise TypeError(f"f must return a tensor, got {type(loss).__name__}")
+        if loss is not None:
+            self._check_loss(loss)
         if self._gradient is not None:
             with torch.no_grad():
                 found = self._gradient(point) if self.generator is None else self._gradient(point, self.generator)
             gradient = (found,) if isinstance(found, Tensor) else tuple(found)
         else:
             assert loss is not None
-            gradient = torch.autograd.grad(loss.sum(), points)
-        shapes, expected = [tuple(each.shape) for each in gradient], [tuple(x.shape) for x in self._x]
+            with torch.enable_grad():
+                gradient = torch.autograd.grad(loss.sum(), points)
+        shapes, expected = [tuple(each.shape) for each in gradient], [tuple(x.shape) for x in self.points]
         if shapes != expected:
             raise ValueError(f"gradient must have the shape of x, {expected}, got {shapes}")
         return None if loss is None else loss.detach(), tuple(each.detach() for each in gradient)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on."""
-        return {
-            "x": list(self._x),
-            "average": None if self._average is None else list(self._average),
-            "steps": self.steps,
-            "generator": None if self.generator is None else self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Raises:
-            ValueError: it is of another problem; nothing is changed then.
-        """
-        shapes = [tuple(x.shape) for x in self._x]
-        for name, present in (("x", True), ("average", self._average is not None)):
-            saved = state.get(name)
-            found = None if saved is None else [tuple(each.shape) for each in saved]
-            if found != (shapes if present else None):
-                raise ValueError(f"state: {name} has shapes {found}, expected {shapes if present else None}")
-        if (state.get("generator") is None) != (self.generator is None):
-            raise ValueError("state: one of the two runs has a generator, the other has none")
-        self._x = tuple(saved.to(x, copy=True) for saved, x in zip(state["x"], self._x, strict=True))
-        if self._average is not None:
-            self._average = tuple(s.to(d, copy=True) for s, d in zip(state["average"], self._average, strict=True))
-        self.steps = int(state["steps"])
-        if self.generator is not None:
-            self.generator.set_state(state["generator"].cpu())
 
 
 def ggnc(

@@ -225,13 +225,13 @@ def test_a_state_of_another_problem_is_refused() -> None:
     stepper.step()
     state = copy.deepcopy(stepper.state_dict())
     for change, match in (
-        ({"x": [torch.zeros(3)]}, "x has shapes"),
-        ({"average": None}, "average has shapes None"),
+        ({"points": (torch.zeros(3),)}, "points.0. must have the shape"),
+        ({"average": None}, "average must have"),
         ({"generator": None}, "generator"),
     ):
         with pytest.raises(ValueError, match=match):
             stepper.load_state_dict({**state, **change})
-        assert torch.equal(stepper.x, state["x"][0])  # pyright: ignore[reportArgumentType]
+        assert torch.equal(stepper.x, state["points"][0])  # pyright: ignore[reportArgumentType]
 
 
 def test_a_start_outside_is_warned_of_and_waits() -> None:

@@ -1,0 +1,125 @@
+"""Every stepper of the library passes the same checks. A new one joins by adding one line to CASES."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from steepest.geometry import Euclidean
+from steepest.loop import Resumable, check_stepper, stepper_checks
+from steepest.minimize import ggnc, s3cg, steepest_descent, ucg
+
+
+def quartic(x: Tensor) -> Tensor:
+    return (x**4).sum(-1) + (x**2).sum(-1)
+
+
+def ones(dtype: torch.dtype = torch.float64, *shape: int) -> Tensor:
+    return torch.ones(shape or (3,), dtype=dtype)
+
+
+VECTOR = Euclidean(event_ndim=1)
+SMOOTH: dict[str, Any] = {"random": False, "objective": quartic, "some_nan": "raises"}
+
+
+def _noisy(x: Tensor, generator: torch.Generator) -> Tensor:
+    return 2 * x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+# name: (make(dtype, generator), options of `StepperCase`)
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "steepest_descent": (lambda d, g: steepest_descent(quartic, ones(d), VECTOR, step_size=0.05), {
+        **SMOOTH, "with_objective": lambda f: steepest_descent(f, ones(), VECTOR, step_size=0.05)}),
+    "ggnc": (lambda d, g: ggnc(quartic, ones(d), VECTOR, step_size=0.05, clip=1.0, momentum=0.5), {"random": False}),
+    "ucg": (lambda d, g: ucg(quartic, ones(d, 4, 3), VECTOR, step_size=0.05), {"random": False}),
+    "s3cg": (lambda d, g: s3cg(quartic, ones(d), VECTOR, radius=2.0, step_size=0.5, clip=1.0), {"random": False}),
+    "random gradients": (
+        lambda d, g: ggnc(None, ones(d), VECTOR, step_size=0.05, clip=1.0, gradient=_noisy, generator=g), {}),
+}  # fmt: skip
+
+
+def _checks() -> list[Any]:
+    return [
+        pytest.param(check, id=f"{name}-{what}")
+        for name, (make, options) in CASES.items()
+        for what, check in stepper_checks(make, **options)
+    ]
+
+
+@pytest.mark.parametrize("check", _checks())
+def test_stepper(check: Callable[[], None]) -> None:
+    check()
+
+
+class _Walk(Resumable):
+    """A right stepper, for faults to be put in."""
+
+    _state = ("x", "steps")
+
+    def __init__(self, dtype: torch.dtype, generator: torch.Generator) -> None:
+        self.x, self.steps, self.generator = torch.zeros(3, dtype=dtype), 0, generator
+
+    def step(self) -> dict[str, Any]:
+        self.x = self.x + torch.randn(3, dtype=self.x.dtype, generator=self.generator)
+        self.steps += 1
+        return {"size": self.x.norm()}
+
+
+class _ForgetsItsGenerator(_Walk):
+    def _names(self) -> tuple[str, ...]:
+        return self._state
+
+
+class _DrawsGlobally(_Walk):
+    def step(self) -> dict[str, Any]:
+        self.x = self.x + torch.randn(3, dtype=self.x.dtype)
+        return {"size": self.x.norm()}
+
+
+class _SharesItsState(_Walk):
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": self.x, "steps": self.steps, "generator": self.generator.get_state()}
+
+    def step(self) -> dict[str, Any]:
+        self.x += torch.randn(3, dtype=self.x.dtype, generator=self.generator)
+        return {"size": self.x.norm()}
+
+
+class _TakesAnything(_Walk):
+    def load_state_dict(self, state: Any) -> None:
+        self.x = state.get("x", self.x).clone()
+        self.steps = state.get("steps", 0)
+        self.generator.set_state(state.get("generator", self.generator.get_state()))
+
+
+class _OneDtype(_Walk):
+    def __init__(self, dtype: torch.dtype, generator: torch.Generator) -> None:
+        super().__init__(torch.float16, generator)
+
+
+class _ReturnsAVector(_Walk):
+    def step(self) -> Any:
+        super().step()
+        return [1.0]
+
+
+def test_a_right_stepper_passes() -> None:
+    check_stepper(_Walk)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_ForgetsItsGenerator, "resumed"),
+        (_DrawsGlobally, "made alike differ|global"),
+        (_SharesItsState, "state dict that was taken before"),
+        (_TakesAnything, "of another problem was taken"),
+        (_OneDtype, "it works in"),
+        (_ReturnsAVector, "mapping of metrics"),
+    ],
+)
+def test_faults_are_found(fault: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_stepper(fault)

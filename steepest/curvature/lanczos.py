@@ -48,7 +48,8 @@ def top_eigenpairs(
     Lanczos with full reorthogonalisation: the Krylov basis grows by one product at a time until
     $|A v - \lambda v| \le \text{tol} \cdot \max|\lambda|$ for all wanted pairs. When the basis is full, the best
     Ritz vectors stay and the rest is dropped (a thick restart). By full orthogonality no pair is found twice; when the
-    Krylov space is exhausted, it goes on with a fresh vector, so that multiple eigenvalues are found, too.
+    Krylov space is exhausted, it goes on with a fresh vector, so that multiple eigenvalues are found, too. From a given
+    `start` it stops as soon as the residuals allow it, which may leave out copies of a multiple eigenvalue.
 
     Args:
         A: Symmetric.
@@ -96,13 +97,18 @@ def top_eigenpairs(
         theta, S = torch.linalg.eigh(H[:size, :size])
         order = _order(theta, which)
         scale = float(theta.abs().max())
-        exhausted = beta <= 4 * torch.finfo(A.dtype).eps * max(scale, torch.finfo(A.dtype).tiny) * math.sqrt(n)
+        rounding = torch.finfo(A.dtype).eps * max(scale, torch.finfo(A.dtype).tiny)
+        exhausted = beta <= max(4 * math.sqrt(n), 64) * rounding
         wanted = order[:k]
         residuals = torch.zeros(len(wanted)).double() if exhausted else beta * S[-1, wanted].abs()
+        if start is None and not broken and not exhausted and beta <= tol * scale:
+            broken, fresh = True, 0  # exhausted to within tol: small residuals prove nothing, the rest must be seen
         broken |= exhausted
         explored = exhausted or not broken or fresh >= _FRESH
+        # What the newest vector has seen of the rest may belong among the wanted ones: there may be more of it.
+        left = _key(H[size - 1, size - 1], which) < _key(theta[wanted[-1]], which) - tol * scale
         # A fresh vector follows every exhausted space, unless it is the last one or nothing is left to find.
-        enough = size >= k and bool((residuals <= tol * scale).all()) and explored
+        enough = size >= k and bool((residuals <= tol * scale).all()) and explored and not (broken and bool(left))
         if (enough and (not exhausted or fresh == 1 or scale == 0.0)) or size == n or products >= limit:
             converged = size >= k and bool((residuals <= tol * scale).all())
             vectors = S[:, wanted].to(Q).T @ Q[:size]
@@ -155,8 +161,12 @@ def _check(
 
 
 def _order(theta: Tensor, which: str) -> list[int]:
-    key = {"largest": -theta, "smallest": theta, "magnitude": -theta.abs()}[which]
-    return torch.argsort(key).tolist()
+    return torch.argsort(_key(theta, which)).tolist()
+
+
+def _key(theta: Tensor, which: str) -> Tensor:
+    """Smaller is more wanted."""
+    return {"largest": -theta, "smallest": theta, "magnitude": -theta.abs()}[which]
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -38,6 +38,33 @@ def test_multiple_eigenvalues(values: list[float]) -> None:
     torch.testing.assert_close(found.values, spectrum.sort(descending=True).values[:3], rtol=1e-12, atol=1e-12)
 
 
+SPECTRA = [[5] * 10 + [1, 2, 3], [0] * 10 + [1, 2, 3], [2] * 12 + [1] * 8 + [-1] * 4, [-3] * 7, [-1] * 5 + [4]]
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+@pytest.mark.parametrize("values", SPECTRA)
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
+def test_no_copy_of_a_multiple_eigenvalue_is_left_out(values: list[float], which, share: float) -> None:
+    spectrum = torch.tensor(values, dtype=torch.float64)
+    n = len(values)
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator(n))).Q
+    k = max(1, int(share * n))
+    found = top_eigenpairs(Q * spectrum @ Q.T, k, which=which)
+    key = {"largest": -spectrum, "smallest": spectrum, "magnitude": -spectrum.abs()}[which]
+    wanted = spectrum[key.argsort()[:k]]
+    compared = (found.values.abs(), wanted.abs()) if which == "magnitude" else (found.values, wanted)
+    torch.testing.assert_close(*compared, rtol=1e-9, atol=1e-9)
+    assert found.converged
+
+
+@pytest.mark.parametrize("k", [1, 4, 6, 20, 37])
+def test_a_null_space_that_is_one_to_rounding_of_float32(k: int) -> None:
+    M = torch.randn(3, 40, generator=generator(2))
+    A = (M.T @ M).double()
+    found = top_eigenpairs(A, k, which="smallest")
+    assert found.converged and float(found.values.abs().max()) < 1e-4 * float(A.norm())
+
+
 def test_products_are_counted_and_low_rank_is_cheap() -> None:
     count = 0
     Q = torch.linalg.qr(torch.randn(500, 3, dtype=torch.float64, generator=generator())).Q

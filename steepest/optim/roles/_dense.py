@@ -37,11 +37,12 @@ _GATE = {"gateproj", "wgate", "gatelinear", "lineargate", "fcgate", "wi0", "gate
 _UP = {"upproj", "wup", "uplinear", "linearup", "fcup", "wi1", "up", "upprojweight"}
 _FIRST = {  # the first matrix of a plain feed-forward block
     "fc1", "cfc", "densehto4h", "wi", "lin1", "linear1", "linearfc1", "intermediatedense", "inputlinear", "densein",
-    "fcin", "upproj", "w1", "w12", "pwconv1", "cfc1", "project1", "up",
+    "fcin", "upproj", "w1", "w12", "pwconv1", "cfc1", "project1", "up", "ffn",
 }  # fmt: skip
 _DOWN = {
     "downproj", "down", "w2", "wdown", "fc2", "dense4htoh", "lin2", "linear2", "linearfc2", "outputdense",
     "outputlinear", "denseout", "fcout", "pwconv2", "cfc2", "project2", "downlinear", "lineardown", "downprojweight",
+    "ffnoutput",
 }  # fmt: skip
 _DOWN_IN_MLP = _DOWN | {"wo", "cproj", "output", "out", "proj", "outproj"}
 _GATE_UP = {"gateupproj", "gateup", "upgateproj", "gateandup", "w13", "gateupprojweight"}

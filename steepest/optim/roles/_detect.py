@@ -110,16 +110,19 @@ def _heads(model: nn.Module, places: list[Site], findings: dict[str, Finding], s
         if named is not None and (_is_dense(site) or squash(site.own) == squash(named)):
             prefix = ".".join(site.path[: site.path.index(named) + 1])
             by_container.setdefault(prefix, []).append(site)
-    tied = [alias for f, site in ((findings[s.name], s) for s in places) if f.role is Role.EMBEDDING
-            for alias in site.shared_with]  # fmt: skip
+    tables = [s for s in places if findings[s.name].role is Role.EMBEDDING and len(s.shape) == 2]
+    tied = [alias for table in tables for alias in table.shared_with]
+    known = [findings[s.name].role is Role.HEAD or bool(s.shared_with) for s in [*plain, *tables]]
+    widths = {s.shape[1] for s, head in zip([*plain, *tables], known, strict=True) if head}
     for prefix, group in by_container.items():
         if any(alias.startswith(f"{prefix}.") for alias in tied):
             continue  # the head is the tied table itself
         last = group[-1]  # a head with several layers: only its last one makes the output
+        if len(last.shape) == 2 and last.shape[0] in widths and last.shape[0] == last.shape[1]:
+            continue  # it prepares what another head reads
         if findings[last.name].role in (Role.LINEAR, Role.CONV):
             why = f"named {prefix}" if len(group) == 1 else f"the last of {len(group)} layers in {prefix}"
             _become(findings, last, Role.HEAD, f"{why}, outside every block")
-    tables = [s for s in places if findings[s.name].role is Role.EMBEDDING and len(s.shape) == 2]
     for site in plain:
         same = next((table for table in tables if table.shape == site.shape and site.shape[0] != site.shape[1]), None)
         if findings[site.name].role is Role.LINEAR and same is not None and not in_repeated_block(site):

@@ -11,10 +11,12 @@ from steepest.optim.roles._graph import Site, is_floating, is_transposed_linear,
 from steepest.optim.roles._types import Role
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase)
-_POSITION = re.compile(r"(^|[^a-z])pos([^a-z]|$)|posembed|position|wpe|relativeattentionbias|relpos|absolutepos")
+_POSITION = re.compile(
+    r"(^|[^a-z])pos([^a-z]|$)|posembed|position|wpe|relativeattentionbias|relpos|relembed|absolutepos"
+)
 _TOKEN = re.compile(r"token|embed|latents?$|^query$|queries|prompt|register|probe|codevector|codebook|embds?$")
 _SCALE = re.compile(
-    r"scale|gamma|lambda|alpha|temperature|alog$|^d$|dtbias|sinks?$|layerscale|gate$|weightg$|logvar|logstd|mix|decay"
+    r"scale|gamma|lambda|alpha|temperature|alog$|^d$|dtbias|sinks?$|layerscale|gate$|weightg$|logvar|logstd|mix(?!ing|er)|decay"
 )
 _LINEAR_CLASS = re.compile(r"linear|dense$|^dense|projection$")
 
@@ -26,6 +28,8 @@ def find(site: Site) -> Finding:
         return Finding(Role.SCALAR, f"{site.parameter.dtype} values, not a trainable matrix")
     if re.search(r"(^|_)bias(_|$|es$)|bias$", site.leaf) and not _POSITION.search(squash(site.clean)):
         return Finding(Role.BIAS, f"the bias of {_kind(site)}")
+    if site.leaf == "weight_g":
+        return Finding(Role.SCALAR, "the magnitudes of a weight-normalised layer")
     if isinstance(site.module, nn.MultiheadAttention):
         return _multihead(site)
     if isinstance(site.module, nn.RNNBase | nn.RNNCellBase):
@@ -140,8 +144,6 @@ def _raw(site: Site) -> Finding:
     flat = "matrix" if len(site.shape) == 2 else "vector"
     if site.leaf.startswith("lora_") or re.search(r"lora[ab]?(\.|$)", site.clean.lower()):
         return Finding(Role.LINEAR, "a factor of a low-rank adapter (LoRA)", flat)
-    if site.leaf == "weight_g":
-        return Finding(Role.SCALAR, "the magnitudes of a weight-normalised layer")
     if _POSITION.search(word) or _POSITION.search(squash(site.leaf)):
         return Finding(Role.POSITION, f"a table of positions, named {leaf}", flat)
     named = _dense.by_name(site)

@@ -290,7 +290,10 @@ class SharpnessMonitor:
 
 
 def step_settings(optimizer: Optimizer) -> tuple[float, float, float, int]:
-    """Learning rate and momentum of an average gradient, variance of the weight noise, and its samples.
+    r"""Learning rate and momentum of an average gradient, variance of the weight noise, and its samples.
+
+    SGD's Nesterov momentum $\beta$ is unstable from $2 (1 + \beta) / (lr (1 + 2\beta))$ on: the momentum returned is that
+    one without Nesterov which has this threshold, $\beta^2 / (1 + \beta - \beta^2)$, at the same average.
 
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop, VariationalSGD or IVON.
@@ -321,4 +324,8 @@ def _of_group(optimizer: Any, group: dict[str, Any]) -> tuple[float, float, floa
         return lr, float(group["betas"][0]), 0.0
     # torch's momentum sums where an average has weight 1 - momentum: the same as an average at lr / (1 - momentum).
     momentum = float(group["momentum"])
-    return lr * (1 if momentum == 0 else (1 - float(group.get("dampening", 0.0))) / (1 - momentum)), momentum, 0.0
+    if momentum:
+        lr *= (1 - float(group.get("dampening", 0.0))) / (1 - momentum)
+    if group.get("nesterov"):
+        momentum = momentum**2 / (1 + momentum - momentum**2)
+    return lr, momentum, 0.0

@@ -166,6 +166,36 @@ def test_the_momentum_threshold_is_where_a_quadratic_diverges() -> None:
         assert (float(w.abs()) < 1) == stable
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.8, "dampening": 0.5},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.3, "nesterov": True},
+    ],
+)
+def test_the_threshold_of_torch_sgd_is_where_a_quadratic_diverges(options: dict[str, Any]) -> None:
+    def optimizer_of(layer: nn.Linear) -> torch.optim.SGD:
+        return torch.optim.SGD(layer.parameters(), lr=0.1, **options)
+
+    def one() -> nn.Linear:
+        layer = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        nn.init.ones_(layer.weight)
+        return layer
+
+    layer, data = one(), (torch.ones(1, 1).double(), torch.zeros(1, 1).double())
+    edge = SharpnessMonitor(layer, loss_fn, data, optimizer=optimizer_of(layer)).measure().edge
+    for factor, stable in ((0.98, True), (1.02, False)):
+        layer = one()
+        optimizer = optimizer_of(layer)
+        for _ in range(2000):
+            layer.weight.grad = factor * edge * layer.weight.detach()
+            optimizer.step()
+        assert (float(layer.weight.detach().abs()) < 1) == stable
+
+
 def test_known_pairs_and_anisotropic_noise() -> None:
     A = MatrixOperator(torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)))
     g = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)

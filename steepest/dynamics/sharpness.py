@@ -292,8 +292,8 @@ class SharpnessMonitor:
 def step_settings(optimizer: Optimizer) -> tuple[float, float, float, int]:
     r"""Learning rate and momentum of an average gradient, variance of the weight noise, and its samples.
 
-    SGD's Nesterov momentum $\beta$ is unstable from $2 (1 + \beta) / (lr (1 + 2\beta))$ on: the momentum returned is that
-    one without Nesterov which has this threshold, $\beta^2 / (1 + \beta - \beta^2)$, at the same average.
+    SGD with Nesterov momentum $\beta$ is unstable from $2 (1 + \beta) / (lr (1 + 2\beta))$ on. The momentum returned is
+    then that one without Nesterov which has this threshold, $\beta^2 / (1 + \beta - \beta^2)$.
 
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop, VariationalSGD or IVON.

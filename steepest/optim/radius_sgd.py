@@ -231,11 +231,15 @@ class RadiusSGD(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; one of `torch.optim.SGD` gives its momentum."""
+        """Load what `state_dict` returned; one of `torch.optim.SGD` gives all but its learning rate, which is no r."""
         assert self.meter is not None
         state = dict(state_dict)
-        own = state.pop("radius", None) or {}
+        own, ratios = state.pop("radius", None), [group["lr"] for group in self.param_groups]
         super().load_state_dict(state)
+        if own is None:
+            for group, ratio in zip(self.param_groups, ratios, strict=True):
+                group["lr"] = ratio
+        own = own or {}
         self.meter.load_state_dict(own)
         self.skipped_steps = int(own.get("skipped_steps", 0))
 

@@ -730,3 +730,22 @@ def test_radius_sgd_learns() -> None:
         cross_entropy(model(X), Y).backward()
         optimizer.step()
     assert float(cross_entropy(model(X), Y)) < 0.3
+
+
+def test_the_state_of_sgd_gives_momentum_and_leaves_the_ratio() -> None:
+    plain, model = net(), net()
+    sgd = SGD(plain.parameters(), lr=0.03, momentum=0.8)
+    for step in range(2):
+        sgd.zero_grad()
+        backward(plain, step)
+        sgd.step()
+    radius = RadiusSGD(model.parameters(), model, r=0.5)
+    radius.load_state_dict(sgd.state_dict())
+    assert radius.param_groups[0]["lr"] == 0.5 and radius.param_groups[0]["momentum"] == 0.8
+    first = next(iter(model.parameters()))
+    torch.testing.assert_close(
+        radius.state[first]["momentum_buffer"], next(iter(sgd.state.values()))["momentum_buffer"]
+    )
+    again = RadiusSGD(model.parameters(), model, r=2.0)
+    again.load_state_dict(radius.state_dict())
+    assert again.param_groups[0]["lr"] == 0.5

@@ -20,7 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     flat = x.reshape(len(x), -1, x.shape[-1])
     if len(weight) == 1:
-        out = F.linear(flat, weight[0])
+        shared = bias[0] if bias is not None and len(bias) == 1 else None
+        out, bias = F.linear(flat, weight[0], shared), None if shared is not None else bias
     elif len(flat) == 1:  # one product of the shared input with all weights
         out = (flat[0] @ weight.flatten(0, 1).mT).unflatten(1, weight.shape[:2]).transpose(0, 1)
     elif bias is not None:

@@ -83,7 +83,7 @@ def spectral_density(
         weights.append(S[0].square() / probes)
     found, mass = torch.cat(nodes), torch.cat(weights)
     low, high = float(found.min()), float(found.max())
-    spread = width or max(0.01 * (high - low), 1e-3 * max(abs(low), abs(high)), 1e-12)
+    spread = width or max(0.01 * (high - low), 1e-3 * max(abs(low), abs(high))) or 1e-12
     grid = torch.linspace(low - 5 * spread, high + 5 * spread, points, dtype=torch.float64)
     bumps = torch.exp(-0.5 * ((grid[:, None] - found) / spread).square()) / (spread * math.sqrt(2 * math.pi))
     return Density(grid, bumps @ mass, found, mass, products)

@@ -12,7 +12,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
 Reduce = Literal["max", "none"] | float
@@ -81,7 +81,7 @@ def check_reduce(reduce: Reduce) -> None:
 
 
 def binary_radius(
-    gap: Float[Tensor, "*samples"] | float, spread: Float[Tensor, "*samples"] | float, *, temperature: float = 1.0
+    gap: Real[Tensor, "*samples"] | float, spread: Real[Tensor, "*samples"] | float, *, temperature: float = 1.0
 ) -> Float[Tensor, "*samples"]:
     r"""The exact radius of two classes, $\rho^* = \sqrt{\delta^2 + (\pi T)^2} / \Delta_a$.
 
@@ -91,12 +91,14 @@ def binary_radius(
         temperature: T.
 
     Raises:
-        ValueError: a negative spread.
+        ValueError: a negative spread, or a number that is not finite.
     """
     check_positive("temperature", temperature)
     gap, spread = (torch.as_tensor(x, dtype=_wide(x)) for x in (gap, spread))
     if bool((spread < 0).any()):
         raise ValueError(f"spread must not be negative, got {float(spread.min())}")
+    if not bool(gap.isfinite().all() and spread.isfinite().all()):
+        raise ValueError("gap and spread must be finite, got NaN or infinity")
     return torch.hypot(gap, torch.full_like(gap, math.pi * temperature)) / spread
 
 
@@ -298,4 +300,4 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _wide(value: Tensor | float) -> torch.dtype:
-    return value.dtype if isinstance(value, Tensor) else torch.float64
+    return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else torch.float64

@@ -203,7 +203,8 @@ def principal_coefficient(z: Inexact[Tensor, "*shape"]) -> Complex[Tensor, "*sha
     ).clamp_min(FLOOR)
     angle = torch.atan2(-y, 1 - x)
     angle = torch.where((x > 1) & (angle < 0), angle + 2 * math.pi, angle)
-    zero = (x == 0) & (y == 0)
+    tiny = torch.finfo(x.dtype).tiny  # the quotient of smaller numbers is no number
+    zero = (x.abs() < tiny) & (y.abs() < tiny)
     found = torch.complex(modulus, angle) / torch.complex(torch.where(zero, 1.0, x), y)
     return torch.where(zero, torch.complex(-torch.ones_like(x), torch.zeros_like(x)), found)
 

@@ -169,3 +169,10 @@ def test_reduce() -> None:
 def test_bad_input(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_the_binary_radius_of_whole_numbers() -> None:
+    assert float(binary_radius(torch.tensor(2), torch.tensor(3))) == pytest.approx(1.2413973, abs=5e-8)
+    for gap, width in ((math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0)):
+        with pytest.raises(ValueError, match="finite"):
+            binary_radius(gap, width)

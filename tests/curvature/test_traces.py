@@ -89,3 +89,12 @@ def test_bad_input(call, message: str) -> None:
 def test_products_that_are_not_finite(call) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         call(torch.full((20, 20), float("inf")))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_the_density_scales_with_the_operator(scale: float) -> None:
+    spectrum = torch.tensor([1.0, 2.0, 4.0, 4.0], dtype=torch.float64)
+    found = spectral_density(torch.diag(scale * spectrum))
+    plain = spectral_density(torch.diag(spectrum))
+    torch.testing.assert_close(found.grid / scale, plain.grid, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.density * scale, plain.density, rtol=1e-6, atol=1e-9)

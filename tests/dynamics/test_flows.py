@@ -74,6 +74,7 @@ def test_the_principal_coefficient() -> None:
     for argument in (z, torch.complex(z, torch.zeros_like(z))):
         complex_close(principal_coefficient(argument), real, imaginary, 1e-10)
     assert complex(principal_coefficient(double(1.0))[0]) == -100
+    assert complex(principal_coefficient(double(1e-310))[0]) == -1
     tiny = double(1e-12, -1e-9, 1e-300)
     torch.testing.assert_close(principal_coefficient(tiny).real, -1 - tiny / 2, rtol=1e-15, atol=0)
 

@@ -7,6 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from steepest.dynamics import (
+    DiagonalLinearNet,
+    LinearAdam,
+    LinearisedSGD,
+    LinearSteepestDescent,
+    NetworkSteepestDescent,
+    RegressionSGD,
+    SecondMoment,
+)
+from steepest.dynamics.network import two_layer
 from steepest.geometry import Euclidean
 from steepest.loop import Resumable, check_stepper, stepper_checks
 from steepest.minimize import ggnc, s3cg, steepest_descent, ucg
@@ -28,15 +38,41 @@ def _noisy(x: Tensor, generator: torch.Generator) -> Tensor:
     return 2 * x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
+def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+
+def regression(dtype: torch.dtype, _: torch.Generator) -> RegressionSGD:
+    net = DiagonalLinearNet(5, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return RegressionSGD(net, normal(dtype, 20, 5), normal(dtype, 20), lr=[0.01, 0.02], clip=50.0)
+
+
+def network(dtype: torch.dtype, _: torch.Generator) -> NetworkSteepestDescent:
+    weights = [normal(dtype, 8, 5), normal(dtype, 3, 8)]
+    return NetworkSteepestDescent(two_layer, weights, normal(dtype, 9, 5), CLASSES, lr=0.1, momentum=0.5)
+
+
+CLASSES = torch.arange(9) % 3
+PLAIN: dict[str, Any] = {"random": False}
+SEPARATOR: dict[str, Any] = {"not_separable": "ignore", "lr": 0.3}
+DOUBLE: dict[str, Any] = {"dtypes": (torch.float64,)}  # computed in float64 whatever comes in
+
 # name: (make(dtype, generator), options of `StepperCase`)
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "steepest_descent": (lambda d, g: steepest_descent(quartic, ones(d), VECTOR, step_size=0.05), {
         **SMOOTH, "with_objective": lambda f: steepest_descent(f, ones(), VECTOR, step_size=0.05)}),
-    "ggnc": (lambda d, g: ggnc(quartic, ones(d), VECTOR, step_size=0.05, clip=1.0, momentum=0.5), {"random": False}),
-    "ucg": (lambda d, g: ucg(quartic, ones(d, 4, 3), VECTOR, step_size=0.05), {"random": False}),
-    "s3cg": (lambda d, g: s3cg(quartic, ones(d), VECTOR, radius=2.0, step_size=0.5, clip=1.0), {"random": False}),
+    "ggnc": (lambda d, g: ggnc(quartic, ones(d), VECTOR, step_size=0.05, clip=1.0, momentum=0.5), PLAIN),
+    "ucg": (lambda d, g: ucg(quartic, ones(d, 4, 3), VECTOR, step_size=0.05), PLAIN),
+    "s3cg": (lambda d, g: s3cg(quartic, ones(d), VECTOR, radius=2.0, step_size=0.5, clip=1.0), PLAIN),
     "random gradients": (
         lambda d, g: ggnc(None, ones(d), VECTOR, step_size=0.05, clip=1.0, gradient=_noisy, generator=g), {}),
+    "SecondMoment": (lambda d, g: SecondMoment(normal(d, 5, 3), 0.1), {**PLAIN, **DOUBLE}),
+    "LinearisedSGD": (lambda d, g: LinearisedSGD(normal(d, 5, 3), 0.1, trajectories=4, generator=g), DOUBLE),
+    "LinearSteepestDescent": (
+        lambda d, g: LinearSteepestDescent(normal(d, 9, 5), CLASSES, momentum=0.5, **SEPARATOR), PLAIN),
+    "LinearAdam": (lambda d, g: LinearAdam(normal(d, 9, 5), CLASSES, **SEPARATOR), PLAIN),
+    "RegressionSGD": (regression, PLAIN),
+    "NetworkSteepestDescent": (network, PLAIN),
 }  # fmt: skip
 
 

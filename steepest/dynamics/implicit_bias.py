@@ -19,6 +19,7 @@ from steepest.dynamics.conic import is_separable
 from steepest.dynamics.log_domain import Evaluation, LogDomainLoss, Loss, ScaledTensor
 from steepest.dynamics.margins import MarginBounds, NotSeparableError, check_weight, dual_over_proxy, exact_norm
 from steepest.geometry import Norm
+from steepest.loop import matching_state
 
 WhenNotSeparable = Literal["raise", "warn", "ignore"]
 # Beyond this many weights the exact test of separability, whose cost grows with their cube, is not made.
@@ -163,10 +164,11 @@ class _LinearDescent(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; raises before anything is changed if it does not fit."""
-        weight = state["weight"].to(self.weight)
-        check_weight(weight, self.problem.features, self.problem.classes)
-        self.weight, self.steps = weight.clone(), int(state["steps"])
-        self._lower, self._upper = state["lower"].to(weight).clone(), state["upper"].to(weight).clone()
+        self._take(matching_state(state, self.state_dict()))
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.weight, self.steps = state["weight"], int(state["steps"])
+        self._lower, self._upper = state["lower"], state["upper"]
         self._found = self.problem.evaluate(self.weight)
 
 
@@ -258,10 +260,9 @@ class LinearSteepestDescent(_LinearDescent):
         buffer = self.momentum_buffer
         return {**super().state_dict(), "momentum": buffer.mantissa, "momentum_log_scale": buffer.log_scale}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        mantissa, scale = state["momentum"].to(self.weight), state["momentum_log_scale"].to(self.weight)
-        super().load_state_dict(state)
-        self.momentum_buffer = ScaledTensor(mantissa.clone(), scale.clone())
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
+        self.momentum_buffer = ScaledTensor(state["momentum"], state["momentum_log_scale"])
 
 
 class LinearAdam(_LinearDescent):
@@ -337,10 +338,10 @@ class LinearAdam(_LinearDescent):
         moments = {"first": self.first.mantissa, "first_log_scale": self.first.log_scale, "log_second": self.log_second}
         return {**super().state_dict(), **moments}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        moments = [state[name].to(self.weight).clone() for name in ("first", "first_log_scale", "log_second")]
-        super().load_state_dict(state)
-        self.first, self.log_second = ScaledTensor(moments[0], moments[1]), moments[2]
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
+        self.first = ScaledTensor(state["first"], state["first_log_scale"])
+        self.log_second = state["log_second"]
 
 
 def _check_gradient(found: Evaluation) -> None:

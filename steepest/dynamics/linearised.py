@@ -10,9 +10,10 @@ from torch import Tensor
 
 from steepest._checks import check_int
 from steepest.dynamics.linear_stability import LinearStability, check_lr, noise_factor
+from steepest.loop import Resumable
 
 
-class SecondMoment:
+class SecondMoment(Resumable):
     r"""$M_t = E[\delta_t \delta_t^\top]$ under SGD near a minimum: $M \leftarrow T(M)$, exactly. A stepper.
 
     T as in `steepest.dynamics.linear_stability`. The state lives in the eigenbasis of G, so it has r x r entries and
@@ -39,6 +40,8 @@ class SecondMoment:
         >>> growth[-1] > 1
         True
     """
+
+    _state = ("mantissa", "log_scale", "steps")
 
     def __init__(
         self,
@@ -98,19 +101,8 @@ class SecondMoment:
         basis = self.point.basis
         return basis @ self.mantissa @ basis.mT * _exp(self.log_scale)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The second moment, its scale, and the number of steps."""
-        return {"mantissa": self.mantissa.clone(), "log_scale": self.log_scale, "steps": self.steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; raises before anything is changed if it does not fit."""
-        if state["mantissa"].shape != self.mantissa.shape:
-            raise ValueError(f"the state has rank {len(state['mantissa'])}, this problem has rank {len(self.mantissa)}")
-        self.mantissa = state["mantissa"].to(self.mantissa).clone()
-        self.log_scale, self.steps = float(state["log_scale"]), int(state["steps"])
-
-
-class LinearisedSGD:
+class LinearisedSGD(Resumable):
     r"""Trajectories $\delta \leftarrow (I - \tfrac{\eta}{B} \sum_{i \in batch} H_i) \delta$, many at once. A stepper.
 
     Args:
@@ -133,6 +125,8 @@ class LinearisedSGD:
         >>> metrics["mean_square"] < 1e-3
         True
     """
+
+    _state = ("deltas", "steps")
 
     def __init__(
         self,
@@ -190,20 +184,6 @@ class LinearisedSGD:
     def parameters(self) -> Float[Tensor, "trajectories p"]:
         r"""$\delta$ in the space of the parameters, its part in the range of G."""
         return self.deltas @ self.point.basis.mT
-
-    def state_dict(self) -> dict[str, Any]:
-        """The trajectories, the state of the generator, and the number of steps."""
-        return {"deltas": self.deltas.clone(), "generator": self.generator.get_state(), "steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; raises before anything is changed if it does not fit."""
-        if state["deltas"].shape != self.deltas.shape:
-            raise ValueError(
-                f"the state has trajectories of shape {tuple(state['deltas'].shape)}, here it is "
-                f"{tuple(self.deltas.shape)}"
-            )
-        self.generator.set_state(state["generator"].cpu())
-        self.deltas, self.steps = state["deltas"].to(self.deltas).clone(), int(state["steps"])
 
 
 def draw_batches(

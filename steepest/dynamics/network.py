@@ -11,6 +11,7 @@ from steepest.dynamics.implicit_bias import _by_problem, check_schedule
 from steepest.dynamics.log_domain import Loss, ScaledTensor, check_data, label_mask, logit_terms
 from steepest.dynamics.margins import exact_norm
 from steepest.geometry import Norm
+from steepest.loop import matching_state
 
 Forward = Callable[[Sequence[Tensor], Tensor], Tensor]
 
@@ -165,13 +166,8 @@ class NetworkSteepestDescent:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; raises before anything is changed if it does not fit."""
-        shapes = [tuple(weight.shape) for weight in self.weights]
-        saved = [tuple(weight.shape) for weight in state["weights"]]
-        if shapes != saved:
-            raise ValueError(f"the state is of weights of shapes {saved}, these are {shapes}")
-        like = self.weights[0].detach()
-        weights = [weight.to(like).clone().requires_grad_() for weight in state["weights"]]
+        state = matching_state(state, self.state_dict())
         pairs = zip(state["momentum"], state["momentum_log_scale"], strict=True)
-        self.buffers = [ScaledTensor(mantissa.to(like).clone(), scale.to(like).clone()) for mantissa, scale in pairs]
-        self.weights, self.steps = weights, int(state["steps"])
+        self.buffers = [ScaledTensor(mantissa, scale) for mantissa, scale in pairs]
+        self.weights, self.steps = [weight.requires_grad_() for weight in state["weights"]], int(state["steps"])
         self._evaluate()

@@ -13,6 +13,7 @@ from steepest.dynamics.diagonal_linear import DiagonalLinearNet
 from steepest.dynamics.linear_stability import check_lr, noise_factor
 from steepest.dynamics.linearised import draw_batches
 from steepest.dynamics.two_layer_relu import TwoLayerReLU
+from steepest.loop import matching_state
 
 Net = DiagonalLinearNet | TwoLayerReLU
 T = TypeVar("T")
@@ -182,13 +183,13 @@ class RegressionSGD:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; raises before anything is changed if it does not fit."""
-        shapes, saved = ([tuple(value.shape) for value in each] for each in (self._final, state["parameters"]))
-        if shapes != saved:
-            raise ValueError(f"the state has parameters of shapes {saved}, these are {shapes}")
-        self._final = [value.to(self.inputs).clone() for value in state["parameters"]]
-        self._live, self.steps = state["live"].cpu().clone(), int(state["steps"])
+        live = state.get("live", torch.empty(0))  # its length is that of the runs left
+        if live.ndim != 1 or live.is_floating_point() or not set(live.tolist()) <= set(range(len(self._lr))):
+            raise ValueError(f"state: live must hold indices of the {len(self._lr)} runs, got {live!r:.60}")
+        state = matching_state(state, {**self.state_dict(), "live": live.cpu()})
+        self._final, self._live, self.steps = state["parameters"], state["live"], int(state["steps"])
         self._parameters = [value[self._live].clone() for value in self._final]
-        self._drawn_from = [each.cpu().clone() for each in state["generators"]]
+        self._drawn_from = state["generators"]
         for generator, each in zip(self._generators, self._drawn_from, strict=True):
             generator.set_state(each)
         self._batches = torch.empty(0)

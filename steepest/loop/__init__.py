@@ -10,7 +10,7 @@ from steepest.loop.driver import run
 from steepest.loop.record import Record, Result, Stepper
 from steepest.loop.rules import Diverged, Seconds, Steps, Tolerance
 from steepest.loop.schedules import Cosine, Geometric, Linear, Schedule, value_at
-from steepest.loop.stepper import Resumable
+from steepest.loop.stepper import Resumable, matching_state
 
 __all__ = [
     "Cosine",
@@ -28,6 +28,7 @@ __all__ = [
     "Tolerance",
     "branch",
     "check_stepper",
+    "matching_state",
     "on_checkpoint",
     "run",
     "stepper_checks",

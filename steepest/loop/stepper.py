@@ -47,14 +47,8 @@ class Resumable:
             TypeError: it is no mapping.
             ValueError: it is of another problem, or of another method; nothing is changed then.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
         names = set(self._names())
-        if set(state) != names:
-            raise ValueError(
-                f"state must have the entries {sorted(names)}, got {sorted(map(str, state))}: it is of another method, "
-                "or was made with other options"
-            )
+        _check_names(state, names)
         fitted = {}
         for name in names:
             present = getattr(self, name)
@@ -78,6 +72,27 @@ class Resumable:
     def run(self, steps: int | None = None, **options: Any) -> Result:
         """`steepest.run(self, steps, **options)`: progress, history, stop rules, checkpoints."""
         return run(self, steps, **options)
+
+
+def matching_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `state` that has the names, shapes, dtypes and devices of `like`, for a `load_state_dict` by hand.
+
+    Raises:
+        TypeError: it is no mapping.
+        ValueError: it does not fit.
+    """
+    _check_names(state, set(like))
+    return {name: _fit(name, present, state[name]) for name, present in like.items()}
+
+
+def _check_names(state: Any, names: set[str]) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping, got {type(state).__name__}")
+    if set(state) != names:
+        raise ValueError(
+            f"state must have the entries {sorted(names)}, got {sorted(map(str, state))}: it is of another method, "
+            "or was made with other options"
+        )
 
 
 def _is_part(owner: Any, name: str) -> bool:

@@ -275,7 +275,7 @@ def test_a_state_of_other_shape_changes_nothing() -> None:
     descent, other = LinearSteepestDescent(features, labels), LinearSteepestDescent(features[:, :4], labels)
     descent.step()
     before = descent.weight
-    with pytest.raises(ValueError, match="weight must have shape"):
+    with pytest.raises(ValueError, match="weight must have the shape"):
         descent.load_state_dict(other.state_dict())
     assert descent.weight is before
     assert descent.steps == 1

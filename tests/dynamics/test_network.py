@@ -89,7 +89,7 @@ def test_a_run_resumes_with_the_same_bits(tmp_path) -> None:
     run(other, 20, checkpoint=path, progress=False)
     for found, expected in zip(other.weights, whole.weights, strict=True):
         assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="the state is of weights of shapes"):
+    with pytest.raises(ValueError, match="state must have the entries"):
         make().load_state_dict({"weights": [torch.zeros(2, 2)]})
 
 

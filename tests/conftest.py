@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHECKED = (
+    "steepest.averages",
     "steepest.geometry",
     "steepest.curvature",
     "steepest.optim",

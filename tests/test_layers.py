@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "steepest"
-FOUNDATIONS = frozenset({"geometry", "curvature", "graphs", "loop"})
+FOUNDATIONS = frozenset({"averages", "geometry", "curvature", "graphs", "loop"})
 SHARED = frozenset({"optim", "nn"})
 TOP = {"lab", "studies"}
 HEAVY = ("jinja2", "optuna", "plotly", "rich", "scipy", "sklearn", "tokenizers", "transformers", "typer")

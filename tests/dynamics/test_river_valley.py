@@ -196,3 +196,11 @@ def test_the_residual_of_a_model() -> None:
 def test_wrong_input_is_named(message: str, make: Any) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("point", [[0.0, 0.0, 1.0, 2.0, -1.0], [0.1, 0.0, 1.0, 2.0, -1.0], [1.0, 2.0, 0.0, 0.0, 0.0]])
+def test_a_river_of_several_equal_directions(point: list[float], dtype: torch.dtype) -> None:
+    h, w = torch.tensor([1.0, 0.5, 0.01, 0.01, 0.01], dtype=dtype), torch.tensor(point, dtype=dtype)
+    across = float((h * w)[:2].norm() / (h * w).norm())
+    assert river_residual(Hessian.of(lambda x: (h * x * x).sum() / 2, w)) == pytest.approx(across, abs=1e-5)

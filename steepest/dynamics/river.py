@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steepest.curvature import Hessian, top_eigenpairs
+from steepest.curvature import Eigenpairs, Hessian, top_eigenpairs
 
 
 def river_residual(
@@ -15,12 +15,12 @@ def river_residual(
     r"""How far a point is from the river, $\|(I - v v^\top)\nabla L\| / \|\nabla L\|$ in [0, 1]; 0 on it.
 
     The river is where the gradient is an eigenvector of the Hessian for its smallest eigenvalue, here v, which comes
-    from Lanczos: for small problems. Of a multiple eigenvalue, v is the eigenvector nearest to the gradient.
+    from Lanczos: for small problems. Of a multiple eigenvalue, all eigenvectors count.
 
     Args:
         hessian: the Hessian of the loss at the point, `Hessian(model, loss_fn, data)` or `Hessian.of(function, x)`.
         tol: of the eigenvector, see `steepest.curvature.top_eigenpairs`.
-        max_products: the most Hessian products of a search; there are two, one of them from the gradient.
+        max_products: the most Hessian products of one search; a second one looks for a second eigenvector.
         generator: of the random start.
 
     Returns:
@@ -43,26 +43,26 @@ def river_residual(
     length = gradient.norm()
     if not bool(length > 0):
         return 0.0
-    pairs, near = (
-        top_eigenpairs(
-            hessian, 1, which="smallest", tol=tol, max_products=max_products, start=start, generator=generator
-        )
-        for start in (None, gradient)
-    )
+
+    def search(k: int) -> Eigenpairs:
+        return top_eigenpairs(hessian, k, which="smallest", tol=tol, max_products=max_products, generator=generator)
+
+    pairs = search(1)
     if not pairs.converged:
         raise RuntimeError(
             f"the smallest eigenvector did not converge in {pairs.products} products (residual "
             f"{float(pairs.residuals[0]):.3g}): raise max_products or tol"
         )
-    # From the gradient, Lanczos stays in the part of the eigenspace that the gradient has, if it has any.
-    apart = float((near.values - pairs.values)[0])
+    v = pairs.vectors
     probe = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0)).to(gradient)
-    rounding = (
-        10 * torch.finfo(gradient.dtype).eps * float((hessian @ probe).norm())
-    )  # about that of the Frobenius norm
-    same = near.converged and apart <= rounding + 2 * float(torch.cat([pairs.residuals, near.residuals]).max())
-    v = (near if same else pairs).vectors[:, 0]
-    return float((gradient - v * (v @ gradient)).norm() / length)
+    rounding = 10 * torch.finfo(gradient.dtype).eps * float((hessian @ probe).norm())  # of the Frobenius norm, about
+    while v.shape[1] < len(gradient):
+        more = search(min(2 * v.shape[1], len(gradient)))
+        same = more.values <= more.values[0] + more.residuals.max() + rounding
+        if not more.converged or int(same.sum()) <= v.shape[1]:
+            break
+        v = more.vectors[:, same]
+    return float((gradient - v @ (v.mT @ gradient)).norm() / length)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class RegressionSGD:
         self.kind = type(nets[0])
         self.inputs, self.targets = inputs.detach(), targets.detach()
         self.batch_size, self.replacement, self.clip, self.tol = batch_size, replacement, clip, float(tol)
-        self._lr = torch.tensor([check_lr(rate) for rate in rates]).to(inputs)
+        self._lr = torch.tensor([check_lr(rate) for rate in rates], dtype=torch.float64).to(inputs)
         groups = zip(*(net.parameters() for net in nets), strict=True)
         self._final = [torch.stack([p.detach() for p in group]).to(inputs) for group in groups]
         self._live = torch.arange(count)

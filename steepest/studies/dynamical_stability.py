@@ -4,7 +4,7 @@ At a minimum that fits all examples, stability of SGD bounds the trace of the He
 largest eigenvalue. In diagonal linear networks the trace is the l1 norm of the predictor, in two-layer ReLU networks
 the path norm. This study checks the theory on random problems, and what SGD and GD reach on both networks.
 
-The sheet's numbers come from other random data of the same distributions; the set-ups are those of the public
+The reported numbers come from other random data of the same distributions; the set-ups are those of the public
 reproduction of the paper.
 
 Source: Wu and Su 2023, arXiv 2305.17490 (ICML 2023).

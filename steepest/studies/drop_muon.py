@@ -9,21 +9,27 @@ Source: Gruntkowska, Maziane, Qu and Richtarik 2025, arXiv 2510.02239.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from steepest.geometry import Spectral
 from steepest.models import MLP
-from steepest.optim import DropMuon, EpochShift, Full, Sharp, Starts, SuffixSampler, Uniform
+from steepest.optim import DropMuon, Full, Sharp, SuffixSampler, Uniform
 from steepest.optim.layer_sampling import guaranteed_cost, optimal_update_probabilities, start_probabilities
 from steepest.studies._base import Claim, Run
+from steepest.studies._drop_muon_training import (
+    fewest_seeds,
+    flops_ratio,
+    mean_steps,
+    selected,
+    train_all,
+)
 
 COMPONENTS = (
     "steepest.optim.DropMuon",
@@ -35,27 +41,6 @@ COMPONENTS = (
 )
 
 EXAMPLES = {"1 2 4 8": (31, 48, 36), "8 2 4 1": (48, 48, 144), "2 1 8 4": (36, 48, 48)}
-RATE = "0.1"
-
-
-def _cost(measured: Mapping[str, Any], name: str, rate: str = RATE) -> float:
-    return fmean(run["gigaflops"] for run in measured["runs"][name][rate])
-
-
-def _best(measured: Mapping[str, Any], name: str) -> str:
-    return min(measured["runs"][name], key=lambda rate: _cost(measured, name, rate))
-
-
-def _gain(measured: Mapping[str, Any]) -> float:
-    return _cost(measured, "full", _best(measured, "full")) / _cost(measured, "uniform", _best(measured, "uniform"))
-
-
-def _steps(measured: Mapping[str, Any], name: str) -> float:
-    return fmean(run["iterations"] for run in measured["runs"][name][_best(measured, name)])
-
-
-def _seeds(measured: Mapping[str, Any]) -> int:
-    return min(len(runs) for rates in measured["runs"].values() for runs in rates.values())
 
 
 CLAIMS = (
@@ -99,14 +84,17 @@ CLAIMS = (
         reported="up to 1.4 times faster (wall-clock)",
         criterion="digits to 99 % training accuracy, best learning rate of each on one grid, at least 4 seeds: FLOPs "
         "of full updates over FLOPs of uniform suffixes at least 1.10 (supported), and at least 1.3 (reproduced)",
-        judge=lambda m: [_seeds(m) >= 4 and _gain(m) >= 1.10, _seeds(m) >= 4 and _gain(m) >= 1.3],
+        judge=lambda m: [
+            fewest_seeds(m) >= 4 and flops_ratio(m) >= 1.10,
+            fewest_seeds(m) >= 4 and flops_ratio(m) >= 1.3,
+        ],
     ),
     Claim(
         id="C4",
         statement="It needs more steps than full updates.",
         reported="a point of the reviewers; no number",
         criterion="mean number of steps at the best rate of each: uniform suffixes above full updates",
-        judge=lambda m: _steps(m, "uniform") > _steps(m, "full"),
+        judge=lambda m: mean_steps(m, "uniform") > mean_steps(m, "full"),
     ),
     Claim(
         id="C5",
@@ -157,7 +145,7 @@ def measure(claim: str, run: Run) -> Mapping[str, Any]:
         case "C7":
             return _rest(run)
         case "C3" | "C4" | "C5" | "C6" | "C8":
-            return _selected(claim, run.once("training", lambda: _training(run)))
+            return selected(claim, run.once("training", lambda: train_all(run)))
     raise ValueError(f"no claim {claim!r}")
 
 
@@ -326,146 +314,6 @@ def _costs(run: Run) -> dict[str, Any]:
         "full optimal without L_1 largest": only_full,
         "L_1 largest without full optimal": only_first,
     }
-
-
-# C3 - C6 and C8: digits
-
-SAMPLERS: Mapping[str, Callable[[], SuffixSampler]] = {
-    "full": Full,
-    "uniform": Uniform,
-    "4 3 2 1": lambda: Starts([0.4, 0.3, 0.2, 0.1]),
-    "1 2 3 4": lambda: Starts([0.1, 0.2, 0.3, 0.4]),
-    "epoch shift": lambda: EpochShift(15, steps_per_epoch=2),
-}
-# (positions, kernel^2 * inputs, outputs)
-LAYERS = ((64, 9, 32), (64, 9 * 32, 64), (16, 9 * 64, 128), (1, 128, 10))
-
-
-def step_gigaflops(start: int, batch: int) -> float:
-    """The cost of a step that begins at layer `start` (from 0), a multiplication with its addition counted as two."""
-    forward = [2 * positions * inputs * outputs for positions, inputs, outputs in LAYERS]
-    sides = [sorted((inputs, outputs)) for _, inputs, outputs in LAYERS[start:]]
-    polar = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
-    return (batch * (sum(forward) + sum(forward[start:]) + sum(forward[start + 1 :])) + polar) / 1e9
-
-
-def _network(seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(64, 128, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(128, 10),
-        )
-
-
-def _digits(train: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x = torch.from_numpy(images).float().view(-1, 1, 8, 8)[order] / 16
-    y = torch.from_numpy(labels).long()[order]
-    return x[:train], y[:train], x[1400:], y[1400:]
-
-
-def _train(run: Run, seed: int, name: str, rate: float) -> dict[str, Any]:
-    """Train until 99 % of the training images are right; steps, cost, and the test accuracy on the way."""
-    size, most, patience = run.pick(smoke=(100, 2, 2), desktop=(1400, 200, 10))
-    train_x, train_y, test_x, test_y = _digits(size)
-    batch, generator = size // 2, run.generator(seed)
-    model = _network(seed)
-    optimizer = DropMuon(
-        model, rate, sampler=SAMPLERS[name](), momentum=0.9, generator=torch.Generator().manual_seed(1000 + seed)
-    )
-    cost, seconds, accuracy = 0.0, 0.0, 0.0
-    tests: list[tuple[float, float]] = []
-    order = torch.arange(size)
-    for iteration in range(most):
-        if iteration % 2 == 0:
-            order = torch.randperm(size, generator=generator)
-        chosen = order[iteration % 2 * batch :][:batch]
-        cost += step_gigaflops(optimizer.active[0], batch)
-        begin = time.perf_counter()
-        cross_entropy(model(train_x[chosen]), train_y[chosen]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds += time.perf_counter() - begin
-        with torch.no_grad():
-            tests.append((cost, float((model(test_x).argmax(1) == test_y).float().mean())))
-            if iteration + 1 >= patience:
-                accuracy = float((model(train_x).argmax(1) == train_y).float().mean())
-        if accuracy >= 0.99:
-            break
-    return {
-        "iterations": len(tests),
-        "reached": accuracy >= 0.99,
-        "gigaflops": cost,
-        "seconds": seconds,
-        "tests": tests,
-    }
-
-
-def _training(run: Run) -> dict[str, Any]:
-    rates = run.pick(smoke=(RATE,), desktop=("0.05", "0.07", RATE, "0.14", "0.2"))
-    found: dict[str, Any] = {}
-    for name in SAMPLERS:
-        found[name] = {}
-        for rate in rates if name in ("full", "uniform") else (RATE,):
-            found[name][rate] = [
-                _train(run, seed, name, float(rate)) for seed in run.seeds(run.pick(smoke=1, desktop=6))
-            ]
-            mean = fmean(each["gigaflops"] for each in found[name][rate])
-            run.say(f"{name}, learning rate {rate}: {mean:.1f} GF to 99 %")
-    return found
-
-
-def _selected(claim: str, runs: dict[str, Any]) -> dict[str, Any]:
-    names = ("full", "uniform") if claim != "C6" else tuple(SAMPLERS)
-    short = {
-        name: {
-            rate: [{key: value for key, value in each.items() if key != "tests"} for each in runs[name][rate]]
-            for rate in (runs[name] if claim != "C6" else (RATE,))
-        }
-        for name in names
-    }
-    found: dict[str, Any] = {"runs": short}
-    if claim == "C6":
-        uniform = _cost(found, "uniform")
-        found["relative to uniform"] = {name: _cost(found, name) / uniform for name in names}
-        return found
-    best = {name: _best(found, name) for name in names}
-    found["best rate"] = best
-    if claim == "C3":
-        found["FLOPs ratio"] = _gain(found)
-        totals = {name: fmean(each["seconds"] for each in short[name][best[name]]) for name in names}
-        found["seconds ratio"] = totals["full"] / totals["uniform"]
-    elif claim == "C4":
-        found["steps"] = {name: _steps(found, name) for name in names}
-    elif claim == "C5":
-        found["ratio"] = {rate: _cost(found, "full", rate) / _cost(found, "uniform", rate) for rate in short["full"]}
-    else:
-        budget = min(_cost(found, name, best[name]) for name in names)
-        found["gigaflops"] = budget
-        found["test accuracy"] = {
-            name: [_accuracy_at(each["tests"], budget) for each in runs[name][best[name]]] for name in names
-        }
-        found["mean test accuracy"] = {name: fmean(values) for name, values in found["test accuracy"].items()}
-        del found["runs"]
-    return found
-
-
-def _accuracy_at(tests: list[tuple[float, float]], budget: float) -> float:
-    """The test accuracy after the last step within the budget; the run's last one if it ended before."""
-    return [accuracy for cost, accuracy in tests if cost <= budget][-1]
 
 
 # C7

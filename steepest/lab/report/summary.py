@@ -182,5 +182,7 @@ def _margin_tiles(document: Mapping[str, Any], table: tuple[Standing, ...]) -> l
 
 
 def _factor(factor: float, unit: str) -> str:
+    if abs(factor - 1) < 0.005:
+        return "as many" if unit == "steps" else "as fast"
     word = ("fewer" if factor >= 1 else "more") if unit == "steps" else ("faster" if factor >= 1 else "slower")
     return f"{ratio(factor if factor >= 1 else 1 / factor)} {word}"

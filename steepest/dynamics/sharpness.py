@@ -230,7 +230,9 @@ class SharpnessMonitor:
         k: eigenpairs.
         tol: see `measure_edge`.
         max_products: products a measurement may take.
-        train: run the model in train mode.
+        train: run the model in train mode; None: if it has a BatchNorm in train mode at the time of a measurement. The
+            optimizer then sees the statistics of the batch, under which a bias before the norm has no curvature;
+            with running statistics it would have, and an adaptive optimizer that never met it would seem unstable.
 
     Raises:
         TypeError: an optimizer that is not known.
@@ -258,7 +260,7 @@ class SharpnessMonitor:
         k: int = 1,
         tol: float = 1e-3,
         max_products: int | None = None,
-        train: bool = False,
+        train: bool | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.SGD | Adam | RMSprop | VariationalSGD | IVON):
             raise TypeError(f"optimizer must be {_KNOWN}, got {type(optimizer).__name__}")
@@ -269,7 +271,8 @@ class SharpnessMonitor:
     def measure(self) -> EdgeMeasurement:
         """The sharpness and its threshold now. The last eigenvector is where the next search begins."""
         lr, momentum, variance, samples = step_settings(self.optimizer)
-        hessian = Hessian(self.model, self.loss_fn, self.data, params=self.params, train=self.train)
+        train = uses_batch_statistics(self.model) if self.train is None else self.train
+        hessian = Hessian(self.model, self.loss_fn, self.data, params=self.params, train=train)
         operator, gradient = hessian, hessian.gradient()
         if isinstance(self.optimizer, Adam | RMSprop | IVON):
             p = hessian.flatten(preconditioner(self.optimizer, self._parameters()))
@@ -287,6 +290,12 @@ class SharpnessMonitor:
             return [p for p in self.model.parameters() if p.requires_grad]
         named = dict(self.model.named_parameters())
         return [named[p] if isinstance(p, str) else p for p in self.params]
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether a BatchNorm (or an InstanceNorm with running statistics) of the model is in train mode."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+    return any(module.training and module.track_running_stats for module in norms)
 
 
 def step_settings(optimizer: Optimizer) -> tuple[float, float, float, int]:

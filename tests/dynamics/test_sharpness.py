@@ -240,3 +240,24 @@ def test_what_the_monitor_refuses_and_reads() -> None:
     assert found.vectors.shape[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     named = SharpnessMonitor(model, loss_fn, (X, T), optimizer=adam, params=["2.weight"]).measure()
     assert named.vectors.shape[0] == 12
+
+
+def test_batch_norm_is_measured_as_it_is_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(32, 4), torch.randint(3, (32,))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def measured(train: bool | None) -> float:
+        monitor = SharpnessMonitor(model, nn.functional.cross_entropy, (x, y), optimizer=optimizer, train=train)
+        return monitor.measure().relative_sharpness
+
+    assert measured(None) == measured(True) < 0.1 < 10 < measured(False)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    model.eval()
+    assert measured(None) == measured(False)

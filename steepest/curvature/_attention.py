@@ -4,11 +4,15 @@ S = c Q K^T + mask, P = softmax(S), Y = P V. For the cotangents (a, b, e) of the
 cotangent of Y: dS = c (a K^T + Q b^T), dP = P (dS - P.dS) and dY = dP V + P e, where P.X is the sum over a row.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from steepest.curvature._stacks import blocks, times, together
 
 
 def attention(
@@ -53,102 +57,67 @@ class _Attention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_AttentionBackward.apply(gy, q, k, v, ctx.p, ctx.scale), None, None
-        return *_First.apply(gy, q.detach(), k.detach(), v.detach(), ctx.p, ctx.scale), None, None
+        return *together(partial(_first, *_flat(q, k, v), ctx.p, ctx.scale), gy), None, None
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float) -> Any:
-        ctx.values = gy.detach(), q.detach(), k.detach(), v.detach(), p, scale
-        return _First.forward(gy, q, k, v, p, scale)
+        flat = _flat(q, k, v)
+        ctx.values = *_flat(gy), *flat, p, scale
+        return together(partial(_first, *flat, p, scale), gy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, a: Tensor, b: Tensor, e: Tensor) -> Any:  # type: ignore[override]
-        return *_Second.apply(a, b, e, *ctx.values), None, None
+        return *together(partial(_second, *ctx.values), a, b, e), None, None
 
 
-class _Stacked(torch.autograd.Function):
-    """A function that takes a single input or a stack of them, and is not differentiated itself."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().flatten(0, 1) for t in tensors]
 
 
-class _First(_Stacked):
+def _first(q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float, gy: Tensor) -> tuple[Tensor, ...]:
     """The gradients of Q, K and V for a stack of G."""
-
-    @staticmethod
-    def forward(gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float) -> Any:
-        return tuple(part[0] for part in _first(gy[None], q, k, v, p, scale))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float) -> Any:
-        return _first(gy.movedim(in_dims[0], 0), q, k, v, p, scale), (0, 0, 0)
-
-
-class _Second(_Stacked):
-    """The cotangents of G, Q, K and V in `_First`, for stacks of those of its results."""
-
-    @staticmethod
-    def forward(
-        a: Tensor, b: Tensor, e: Tensor, gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float
-    ) -> Any:
-        return tuple(part[0] for part in _second(a[None], b[None], e[None], gy, q, k, v, p, scale))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor, e: Tensor, *others: Any) -> Any:
-        stacks = []
-        for value, dim in zip((a, b, e), in_dims, strict=False):
-            stacks.append(value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0))
-        return _second(*stacks, *others), (0, 0, 0, 0)
-
-
-def _first(gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float) -> tuple[Tensor, ...]:
-    shape = gy.shape[:3]
-    gy, (q, k, v) = gy.flatten(1, 2), (t.flatten(0, 1) for t in (q, k, v))
-    gs = _softmax_slope(p, _times(gy, v.mT)).mul_(scale)
-    found = _times(gs, k), _times(gs.mT, q), _times(p.mT, gy)
-    return tuple(part.unflatten(1, shape[1:]) for part in found)
+    heads, gy = gy.shape[1:3], gy.flatten(1, 2)
+    found = [t.new_empty(len(gy), *t.shape) for t in (q, k, v)]
+    for i in _blocks(len(gy), p):
+        g = gy[i]
+        gs = _softmax_slope(p, times(g, v.mT)).mul_(scale)
+        for left, right, out in zip((gs, gs.mT, p.mT), (k, q, g), found, strict=True):
+            times(left, right, out=out[i])
+    return tuple(part.unflatten(1, heads) for part in found)
 
 
 def _second(
-    a: Tensor, b: Tensor, e: Tensor, gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float
+    gy: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float, a: Tensor, b: Tensor, e: Tensor
 ) -> tuple[Tensor, ...]:
-    shape = a.shape[:3]
+    """The cotangents of G, Q, K and V in `_first`, for stacks of those of its results."""
+    heads = a.shape[1:3]
     a, b, e = (t.flatten(1, 2) for t in (a, b, e))
-    gy, q, k, v = (t.flatten(0, 1) for t in (gy, q, k, v))
     gp = torch.bmm(gy, v.mT)
     mean = (p * gp).sum(-1, keepdim=True)
     gs = p * (gp - mean) * scale
-    ds = _times(q, b.mT, _times(a, k.mT)).mul_(scale)
-    centred = ds - (p * ds).sum(-1, keepdim=True)
-    dp = p * centred
-    to_gy = _times(p, e, _times(dp, v))
-    # how the loss's derivative along (a, b, e) moves with P, and through it with S
-    slope = torch.addcmul(_times(gy, e.mT), centred, gp).sub_(mean * ds)
-    ts = _softmax_slope(p, slope).mul_(scale)
-    to_q = _times(gs, b, _times(ts, k))
-    to_k = _times(gs.mT, a, _times(ts.mT, q))
-    to_v = _times(dp.mT, gy)
-    return tuple(part.unflatten(1, shape[1:]) for part in (to_gy, to_q, to_k, to_v))
+    found = [t.new_empty(len(a), *t.shape) for t in (gy, q, k, v)]
+    for i in _blocks(len(a), p):
+        to_gy, to_q, to_k, to_v = (t[i] for t in found)
+        ds = times(q, b[i].mT, times(a[i], k.mT)).mul_(scale)
+        centred = ds - (p * ds).sum(-1, keepdim=True)
+        # how the loss's derivative along (a, b, e) moves with P, and through it with S
+        slope = torch.addcmul(times(gy, e[i].mT), centred, gp).sub_(ds.mul_(mean))
+        ts = _softmax_slope(p, slope).mul_(scale)
+        dp = centred.mul_(p)
+        times(p, e[i], times(dp, v, out=to_gy))
+        times(gs, b[i], times(ts, k, out=to_q))
+        times(gs.mT, a[i], times(ts.mT, q, out=to_k))
+        times(dp.mT, gy, out=to_v)
+    return tuple(part.unflatten(1, heads) for part in found)
+
+
+def _blocks(k: int, p: Tensor) -> Iterator[slice]:
+    return blocks(p.expand(k, *p.shape))
 
 
 def _softmax_slope(p: Tensor, g: Tensor) -> Tensor:
     pg = p * g
     return torch.addcmul(pg, p, pg.sum(-1, keepdim=True), value=-1)
-
-
-def _times(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Products of a stack (k, n, ., .) with (n, ., .) in either order, one by one so that nothing is copied."""
-    count = a.shape[0] if a.ndim == 4 else b.shape[0]
-    shape = (count, a.shape[-3], a.shape[-2], b.shape[-1])
-    out = a.new_empty(shape) if plus is None else plus
-    for i in range(count):
-        left, right = (a[i] if a.ndim == 4 else a), (b[i] if b.ndim == 4 else b)
-        if plus is None:
-            torch.bmm(left, right, out=out[i])
-        else:
-            out[i].baddbmm_(left, right)
-    return out

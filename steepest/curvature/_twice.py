@@ -6,6 +6,7 @@ keeps what the point determines, and multiplies stacks of matrices where they li
 PyTorch's while a graph is built. They can be differentiated twice, not three times.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from steepest.curvature._attention import attention
+from steepest.curvature._stacks import blocks, together
 
 
 class Twice(TorchFunctionMode):
-    """Within this context linear layers, GELU, SiLU, RMSNorm and attention take part as written here."""
+    """Within this context linear layers, GELU, SiLU, sigmoid, tanh, RMSNorm and attention take part as written here."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,10 +59,27 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
     return _Unary.apply(input, F.silu, s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s)))
 
 
+def _sigmoid(input: Tensor) -> Tensor | None:
+    if not _needed(input):
+        return None
+    s = torch.sigmoid(input.detach())
+    return _Unary.apply(input, torch.sigmoid, s * (1 - s), s * (1 - s) * (1 - 2 * s))
+
+
+def _tanh(input: Tensor) -> Tensor | None:
+    if not _needed(input):
+        return None
+    t = torch.tanh(input.detach())
+    slope = 1 - t * t
+    return _Unary.apply(input, torch.tanh, slope, -2 * t * slope)
+
+
 def _rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
-    if len(normalized_shape) != 1 or not _needed(input, weight) or (weight is not None and weight.dtype != input.dtype):
+    if len(normalized_shape) != 1 or input.ndim < 2 or not _needed(input, weight):
+        return None
+    if weight is not None and weight.dtype != input.dtype:
         return None
     return _RMSNorm.apply(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
 
@@ -73,6 +92,10 @@ _REPLACEMENTS = {
     F.linear: _linear,
     F.gelu: _gelu,
     F.silu: _silu,
+    torch.sigmoid: _sigmoid,
+    Tensor.sigmoid: _sigmoid,
+    torch.tanh: _tanh,
+    Tensor.tanh: _tanh,
     F.rms_norm: _rms_norm,
     F.scaled_dot_product_attention: attention,
 }
@@ -115,96 +138,58 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _LinearBackward.apply(gy, x, weight, *ctx.needs_input_grad)
-        return _Last.apply(gy, x.detach(), weight.detach(), *ctx.needs_input_grad)
+        return together(partial(_linear_first, x.detach(), weight.detach(), ctx.needs_input_grad), gy)
 
 
 class _LinearBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool) -> Any:
+    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, *needed: bool) -> Any:
         ctx.values = gy.detach(), x.detach(), weight.detach()
-        ctx.of_x, ctx.of_weight = of_x, of_weight
+        ctx.needed = needed
         ctx.set_materialize_grads(False)
-        return _Last.forward(gy, x, weight, of_x, of_weight, of_bias)
+        return together(partial(_linear_first, x, weight, needed), gy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ux: Tensor | None, uw: Tensor | None, ub: Tensor | None) -> Any:  # type: ignore[override]
-        gy, x, weight = ctx.values
-        along, to_x, to_weight = _Second.apply(ux, uw, gy, x, weight, ctx.of_x, ctx.of_weight)
+        along, to_x, to_weight = together(partial(_linear_second, *ctx.values, ctx.needed), ux, uw)
         if ub is not None:
-            along = ub.expand(gy.shape) if along is None else along + ub
+            along = ub.expand(ctx.values[0].shape) if along is None else along + ub
         return along, to_x, to_weight, None, None, None
 
 
-class _Second(torch.autograd.Function):
-    """The cotangents of G, X and W in (G W, G^T X), for those of the two results; one pair or a stack of them."""
-
-    @staticmethod
-    def forward(ux: Any, uw: Any, gy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> Any:
-        rows, flat = gy.flatten(0, -2), x.flatten(0, -2)
-        ux = None if ux is None else ux.reshape(-1, ux.shape[-1])
-        along = None if ux is None else ux @ weight.T
-        if uw is not None:
-            along = flat @ uw.T if along is None else torch.addmm(along, flat, uw.T)
-        to_x = (rows @ uw).view(x.shape) if uw is not None and of_x else None
-        to_weight = rows.T @ ux if ux is not None and of_weight else None
-        return None if along is None else along.view(gy.shape), to_x, to_weight
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, ux: Any, uw: Any, gy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
-    ) -> Any:
-        k, n = info.batch_size, x.shape[:-1].numel()
-        rows, flat = gy.reshape(n, -1).expand(k, -1, -1), x.reshape(n, -1).expand(k, -1, -1)
-        along = to_x = to_weight = None
-        if ux is not None:
-            ux = _stack(ux, in_dims[0], k).reshape(k, n, -1)
-            along = (ux.view(k * n, -1) @ weight.T).view(k, n, -1)
-            to_weight = torch.bmm(rows.mT, ux) if of_weight else None
-        if uw is not None:
-            uw = _stack(uw, in_dims[1], k)
-            along = torch.bmm(flat, uw.mT) if along is None else along.baddbmm_(flat, uw.mT)
-            to_x = torch.bmm(rows, uw).view(k, *x.shape) if of_x else None
-        found = None if along is None else along.view(k, *gy.shape), to_x, to_weight
-        return found, tuple(None if part is None else 0 for part in found)
-
-
-class _Last(torch.autograd.Function):
+def _linear_first(x: Tensor, weight: Tensor, needed: tuple[bool, ...], gy: Tensor) -> tuple[Tensor | None, ...]:
     """G W, G^T X and the sum of G, for a stack of G."""
-
-    @staticmethod
-    def forward(gy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool) -> Any:
-        flat = gy.flatten(0, -2)
-        return (
-            gy @ weight if of_x else None,
-            flat.T @ x.flatten(0, -2) if of_weight else None,
-            flat.sum(0) if of_bias else None,
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, gy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
-    ) -> Any:
-        k, n = info.batch_size, x.shape[:-1].numel()
-        gy = _stack(gy, in_dims[0], k).reshape(k, n, -1)
-        found = (
-            (gy.view(k * n, -1) @ weight).view(k, *x.shape) if of_x else None,
-            torch.bmm(gy.mT, x.reshape(n, -1).expand(k, -1, -1)) if of_weight else None,
-            gy.sum(1) if of_bias else None,
-        )
-        return found, tuple(None if part is None else 0 for part in found)
+    k, n = len(gy), x.shape[:-1].numel()
+    gy = gy.reshape(k, n, gy.shape[-1])
+    return (
+        (gy.view(k * n, gy.shape[-1]) @ weight).view(k, *x.shape) if needed[0] else None,
+        torch.bmm(gy.mT, x.reshape(n, x.shape[-1]).expand(k, -1, -1)) if needed[1] else None,
+        gy.sum(1) if needed[2] else None,
+    )
 
 
-def _stack(value: Tensor, dim: int | None, k: int) -> Tensor:
-    return value.expand(k, *value.shape) if dim is None else value.movedim(dim, 0)
+def _linear_second(
+    gy: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, ...], ux: Tensor | None, uw: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The cotangents of G, X and W in (G W, G^T X), for stacks of those of the two results."""
+    n = x.shape[:-1].numel()
+    rows, flat = gy.reshape(n, gy.shape[-1]), x.reshape(n, x.shape[-1])
+    along = to_x = to_weight = None
+    if ux is not None:
+        k = len(ux)
+        ux = ux.reshape(k, n, ux.shape[-1])
+        along = (ux.view(k * n, ux.shape[-1]) @ weight.T).view(k, *gy.shape)
+        to_weight = torch.bmm(rows.T.expand(k, -1, -1), ux) if needed[1] else None
+    if uw is not None:
+        k = len(uw)
+        flat = flat.expand(k, -1, -1)
+        if along is None:
+            along = torch.bmm(flat, uw.mT).view(k, *gy.shape)
+        else:
+            along.view(k, n, gy.shape[-1]).baddbmm_(flat, uw.mT)
+        to_x = torch.bmm(rows.expand(k, -1, -1), uw).view(k, *x.shape) if needed[0] else None
+    return along, to_x, to_weight
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -212,54 +197,93 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, weight)
-        ctx.r = r
-        return x * r if weight is None else x * r * weight
+        ctx.r, ctx.n = r, x * r
+        return ctx.n if weight is None else ctx.n * weight
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gx, gw = _RMSNormBackward.apply(gy, x, weight, ctx.r)
-        else:
-            gx, gw = _rms_backward(gy, x.detach(), weight, ctx.r)
-        return gx, gw, None
-
-
-def _rms_backward(gy: Tensor, x: Tensor, weight: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor | None]:
-    h = gy if weight is None else gy * weight.detach()
-    n = x * r
-    gx = torch.addcmul(h * r, n, (h * n).sum(-1, keepdim=True) * (-r / x.shape[-1]))
-    return gx, None if weight is None else (gy * n).flatten(0, -2).sum(0)
+            return *_RMSNormBackward.apply(gy, x, weight, ctx.n, ctx.r), None
+        return *together(partial(_rms_first, ctx.n, ctx.r, _plain(weight)), gy), None
 
 
 class _RMSNormBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor | None, r: Tensor) -> Any:
-        ctx.values = gy.detach(), x.detach(), None if weight is None else weight.detach(), r
+    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor | None, n: Tensor, r: Tensor) -> Any:
+        h = gy if weight is None else gy * weight
+        # along n the second derivative of <h, n> is -3 <n, h> r^2 / d, across it the same without the 3
+        ctx.values = gy.detach(), h.detach(), n, r, (n * h).mean(-1, keepdim=True).detach(), _plain(weight)
         ctx.set_materialize_grads(False)
-        return _rms_backward(gy, x, weight, r)
+        return together(partial(_rms_first, n, r, weight), gy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ux: Tensor | None, uw: Tensor | None) -> Any:  # type: ignore[override]
-        gy, x, weight, r = ctx.values
-        d = x.shape[-1]
-        n, h = x * r, gy if weight is None else gy * weight
-        to_gy = to_x = to_weight = None
+        return *together(partial(_rms_second, *ctx.values), ux, uw), None, None
+
+
+def _plain(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach()
+
+
+def _rms_first(n: Tensor, r: Tensor, weight: Tensor | None, gy: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of X and W for a stack of G; n is X / rms, r is 1 / rms."""
+    nw = n if weight is None else n * weight
+    to_x = torch.empty_like(gy, memory_format=torch.contiguous_format)
+    to_weight = None if weight is None else gy.new_empty(len(gy), n.shape[-1])
+    for b in blocks(gy):
+        g = gy[b]
+        mean = (g * nw).sum(-1, keepdim=True).div_(-n.shape[-1])
+        h = g if weight is None else g * weight
+        torch.mul(torch.addcmul(h, n, mean), r, out=to_x[b])
+        if to_weight is not None:
+            torch.sum((g * n).flatten(1, -2), 1, out=to_weight[b])
+    return to_x, to_weight
+
+
+def _rms_second(
+    gy: Tensor,
+    h: Tensor,
+    n: Tensor,
+    r: Tensor,
+    nh: Tensor,
+    weight: Tensor | None,
+    ux: Tensor | None,
+    uw: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The cotangents of G, X, W in `_rms_first` for stacks of those of its results; h is G W, nh its mean with n."""
+    if ux is None and uw is None:
+        return None, None, None
+    k, d = next(len(u) for u in (ux, uw) if u is not None), n.shape[-1]
+    to_gy, to_x = n.new_empty(k, *n.shape), n.new_empty(k, *n.shape)
+    to_weight = n.new_empty(k, d) if ux is not None and weight is not None else None
+    r2 = r * r
+    for b in blocks(to_x):
+        along_n = None
         if ux is not None:
-            # n = x r moves by p = r (u - n (n.u) / d); the second derivative of <h, n> along u, x by x
-            nu = (ux * n).sum(-1, keepdim=True) / d
-            p = torch.addcmul(ux * r, n, nu * -r)
-            to_gy = p if weight is None else p * weight
-            to_weight = None if weight is None else (gy * p).flatten(0, -2).sum(0)
-            nh = (n * h).sum(-1, keepdim=True) / d
-            hu = (ux * h).sum(-1, keepdim=True) / d
-            to_x = torch.addcmul(n * (r * r * (3 * nh * nu - hu)), h, nu * -(r * r))
-            to_x = torch.addcmul(to_x, ux, -(nh * r * r))
+            u = ux[b]
+            nu, hu = ((u * part).sum(-1, keepdim=True).div_(d) for part in (n, h))
+            p = torch.addcmul(u, n, nu, value=-1).mul_(r)  # how n moves
+            if weight is None:
+                to_gy[b] = p
+            else:
+                torch.mul(p, weight, out=to_gy[b])
+            if to_weight is not None:
+                torch.sum(p.mul_(gy).flatten(1, -2), 1, out=to_weight[b])
+            torch.mul(u, -(nh * r2), out=to_x[b]).addcmul_(h, nu * r2, value=-1)
+            along_n = (3 * nh * nu).sub_(hu).mul_(r2)
         if uw is not None:
-            extra = n * uw
-            to_gy = extra if to_gy is None else to_gy + extra
-            hw = gy * uw
-            more = torch.addcmul(hw * r, n, (hw * n).sum(-1, keepdim=True) * (-r / d))
-            to_x = more if to_x is None else to_x + more
-        return to_gy, to_x, to_weight, None
+            w = uw[b].reshape(-1, *[1] * (n.ndim - 1), d)
+            hw = gy * w
+            along_w = (hw * n).sum(-1, keepdim=True).mul_(r).div_(-d)
+            if along_n is None:
+                torch.mul(n, w, out=to_gy[b])
+                torch.mul(hw, r, out=to_x[b])
+                along_n = along_w
+            else:
+                to_gy[b].addcmul_(n, w)
+                to_x[b].addcmul_(hw, r)
+                along_n.add_(along_w)
+        to_x[b].addcmul_(n, along_n)  # type: ignore[arg-type]
+    return to_gy, to_x, to_weight

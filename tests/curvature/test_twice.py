@@ -33,9 +33,13 @@ CASES = {
     "gelu": F.gelu,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": lambda x: x.tanh() * x.sigmoid(),
     "rms norm": lambda x: F.rms_norm(x, (4,)),
     "rms norm with weights": lambda x: F.rms_norm(x, (4,), x[0, 0].exp(), 0.1),
     "rms norm, fixed weights": lambda x: F.rms_norm(x, (4,), w, 0.1),
+    "rms norm of a vector": lambda x: F.rms_norm(x.flatten(), (24,), x.flatten().exp()),
+    "rms norm, weights alone": lambda x: F.rms_norm(w.expand(2, 3, 4) * 2, (4,), x[0, 0]),
     "attention": attend,
     "causal": lambda x: attend(x, is_causal=True),
     "masked": lambda x: attend(x, attn_mask=M > -1, scale=0.7),
@@ -64,7 +68,7 @@ def test_second_derivatives(name: str) -> None:
 def test_values_and_nodes() -> None:
     x = numbers(2, 3, 4).requires_grad_()
     with Twice():
-        for name in ("linear without bias", "gelu", "silu", "rms norm", "causal"):
+        for name in ("linear without bias", "gelu", "silu", "sigmoid", "rms norm", "causal"):
             found = CASES[name](x)
             assert type(found.grad_fn).__name__.startswith("_"), name
             torch.testing.assert_close(found, CASES[name](x.detach()))
@@ -77,4 +81,22 @@ def test_the_batched_backward_is_used() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.RMSNorm(5), nn.Linear(5, 2)).double()
     H = Hessian(model, F.mse_loss, (numbers(3, 4), numbers(3, 2)))
     H @ numbers(H.shape[0], 3)
+    assert H._kept is not None and H._kept[0][0].pullback.batched
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_large_inputs_in_blocks(count: int) -> None:
+    x, weight = numbers(2, 120, 160), numbers(160, seed=1)
+
+    def loss(t: Tensor) -> Tensor:
+        heads = F.rms_norm(t, (160,), weight).view(2, 120, 10, 16).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads.sin(), heads.cos(), is_causal=True).pow(3).sum()
+
+    vectors = numbers(x.numel(), count, seed=2)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        point = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(point), point, create_graph=True)
+        rows = [torch.autograd.grad(slope, point, v.view_as(x), retain_graph=True)[0].flatten() for v in vectors.T]
+    H = Hessian.of(loss, x)
+    torch.testing.assert_close(H @ vectors, torch.stack(rows, 1), rtol=1e-9, atol=1e-9)
     assert H._kept is not None and H._kept[0][0].pullback.batched

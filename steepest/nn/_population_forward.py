@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from steepest.nn._population_rules import RULES
+from steepest.nn._population_rules import POINTWISE, RULES
+from steepest.nn.population_changes import Columns, Entries, Span, linear_entries
 
-# By the identity of a searched parameter: its candidates, (b, *shape).
-Tables = Mapping[int, Tensor]
+# By the identity of a searched parameter: its candidates, (b, *shape), or how they differ from the present value.
+Tables = Mapping[int, Tensor | Entries | Span]
 
 
 class Forward:
@@ -26,23 +28,35 @@ class Forward:
         self.fallbacks = fallbacks
         self._loss_loops: set[Any] = set()
 
-    def __call__(self, tables: Tables, inputs: Any) -> Any:
-        """The outputs, (b, ...)."""
+    def __call__(self, tables: Tables, inputs: Any, shared: bool = True) -> Any:
+        """The outputs, (b, ...). Without `shared` the input leads with the candidates."""
         count = len(next(iter(tables.values())))
         if isinstance(inputs, Tensor):
-            found = self._module("", self.model, tables, inputs.unsqueeze(0))
+            found = self._module("", self.model, tables, inputs.unsqueeze(0) if shared else inputs)
+            found = found.dense() if isinstance(found, Columns) else found
         else:
             found = self._general("", self.model, tables, inputs, False)
         return tree_map(lambda each: each.expand(count, *each.shape[1:]), found)
 
-    def _module(self, name: str, module: nn.Module, tables: Tables, x: Tensor) -> Tensor:
+    def _module(self, name: str, module: nn.Module, tables: Tables, x: Tensor | Columns) -> Tensor | Columns:
         hooked = module._forward_hooks or module._forward_pre_hooks
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not hooked:
             for key, child in module.named_children():
                 x = self._module(f"{name}.{key}" if name else key, child, tables, x)
             return x
-        if len(x) == 1 and not any(id(p) in tables for p in module.parameters()):
+        searched = any(id(p) in tables for p in module.parameters())
+        if isinstance(x, Columns):
+            if type(module) in POINTWISE or getattr(module, "pointwise", False):
+                return Columns(module(x.base), x.index, x.used, module(x.values))
+            if type(module) is nn.Linear and not searched and not hooked:
+                return x.linear(module.weight, module.bias)
+            x = x.dense()
+        if len(x) == 1 and not searched:
             return _call(module, {}, _copies(module), (x[0],), {}).unsqueeze(0)
+        if type(module) is nn.Linear and len(x) == 1 and not hooked:
+            found = _changed_linear(module, tables, x)
+            if found is not None:
+                return found
         rule = getattr(type(module), "population_forward", None) or RULES.get(type(module))
         if rule is not None and not hooked:
             found = rule(module, _weights(module, tables), x)
@@ -52,7 +66,7 @@ class Forward:
 
     def _general(self, name: str, module: nn.Module, tables: Tables, inputs: Any, led: bool) -> Any:
         """Any module through vmap, or candidate by candidate; `led`: the input has the leading dimension."""
-        batched = {key: tables[id(p)] for key, p in module.named_parameters() if id(p) in tables}
+        batched = {key: _dense(p, tables) for key, p in module.named_parameters() if id(p) in tables}
         counts = {len(each) for each in batched.values()}
         if led:
             shared = len(inputs) == 1 and bool(counts)
@@ -123,8 +137,29 @@ def _weights(module: nn.Module, tables: Tables) -> dict[str, Tensor]:
     found = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         each = tables.get(id(p))
-        found[name] = p.detach().unsqueeze(0) if each is None else each
+        found[name] = p.detach().unsqueeze(0) if each is None else _dense(p, tables)
     return found
+
+
+def _dense(p: Tensor, tables: Tables) -> Tensor:
+    each = tables[id(p)]
+    return each if isinstance(each, Tensor) else each.dense(p.detach())
+
+
+def _changed_linear(module: nn.Linear, tables: Tables, x: Tensor) -> Tensor | Columns | None:
+    """A linear layer with changed weights behind an input that all candidates share."""
+    weight = tables.get(id(module.weight))
+    bias = None if module.bias is None else tables.get(id(module.bias))
+    if isinstance(weight, Tensor) or isinstance(bias, Tensor | Span) or (isinstance(weight, Span) and bias is not None):
+        return None
+    if x.ndim < 3:
+        return None
+    out = module(x)
+    if isinstance(weight, Span):  # linear in the directions: one product for each, whatever the number of candidates
+        products = F.linear(x[0], weight.directions.flatten(0, 2)).movedim(-1, 0)
+        products = products.unflatten(0, weight.directions.shape[:3]).movedim(2, -1)
+        return weight.combine(products).add_(out)
+    return linear_entries(x, out, weight, bias)
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ def _samplewise(module: Any, weights: Weights, x: Tensor) -> Any:
     return found.unflatten(0, x.shape[:2])
 
 
-_POINTWISE = (
+POINTWISE = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
     nn.Tanh, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Hardtanh, nn.Hardsigmoid,
     nn.Hardswish, nn.LogSigmoid, nn.Threshold,
@@ -166,6 +166,6 @@ RULES: dict[type[nn.Module], Callable[[Any, Weights, Tensor], Any]] = {
     nn.Softmax: _softmax,
     nn.LogSoftmax: _softmax,
     nn.Flatten: _flatten,
-    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(_SAMPLEWISE, _pool),
 }

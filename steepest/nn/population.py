@@ -1,5 +1,6 @@
 """Many candidate weights of one network, evaluated together: what gradient-free training of networks stands on."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -10,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from steepest._checks import check_int
-from steepest.nn._population_forward import Forward
+from steepest.nn._population_forward import Forward, Tables
+from steepest.nn.population_changes import Entries, Span
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+Changes = Mapping[str, Tensor | Entries | Span]
 
 
 class Population:
@@ -90,30 +93,34 @@ class Population:
         for p, part in zip(self._parameters.values(), vector.detach().split(self._sizes), strict=True):
             p.copy_(part.reshape(p.shape))
 
-    def outputs(self, weights: Float[Tensor, "*b d"], inputs: Inputs) -> Tensor:
+    def outputs(self, weights: Float[Tensor, "*b d"] | Changes, inputs: Inputs, *, shared: bool = True) -> Tensor:
         """The network's output for every candidate, shape (b, ...).
 
         Args:
-            weights: The candidates, shape (b, d); more leading dimensions, or none, as they come.
+            weights: The candidates, shape (b, d); more leading dimensions, or none, as they come. Or how candidates
+                differ from the present weights: a mapping from names of parameters to their values, shape
+                (b, *shape), or to `Entries` or a `Span`. Parameters that are not named stay as they are, and layers
+                before the first named one are evaluated once.
             inputs: What the model is called with: a tensor, a tuple of arguments, or a mapping of named arguments. The
                 same for all candidates.
+            shared: If False, `inputs` is a tensor (b, ...): each candidate has its own.
 
         Raises:
-            ValueError: `weights` does not end in d.
+            ValueError: `weights` does not end in d, or changes do not fit the parameters or each other.
             TypeError: the model's output is not a tensor.
         """
-        flat = self._checked(weights)
-        parts = list(self._chunks(flat, inputs))
+        count = self._checked(weights)
+        parts = list(self._chunks(weights, count, inputs, shared))
         if not isinstance(parts[0], Tensor):
             raise TypeError(
                 f"the model's output must be a tensor, got {type(parts[0]).__name__}; `losses` takes others"
             )
-        found = torch.cat(parts)[: len(flat)]
-        return found.reshape(*weights.shape[:-1], *found.shape[1:])
+        found = torch.cat(parts)[:count]
+        return found.reshape(*weights.shape[:-1], *found.shape[1:]) if isinstance(weights, Tensor) else found
 
     def losses(
         self,
-        weights: Float[Tensor, "*b d"],
+        weights: Float[Tensor, "*b d"] | Changes,
         loss_fn: Callable[[Any, Any], Tensor],
         inputs: Inputs,
         targets: Any = None,
@@ -121,7 +128,7 @@ class Population:
         """The loss of every candidate on one minibatch.
 
         Args:
-            weights: The candidates, shape (b, d).
+            weights: The candidates, see `outputs`.
             loss_fn: `loss_fn(output, targets)` gives one number for one candidate's output.
             inputs: See `outputs`.
             targets: Passed on to `loss_fn`.
@@ -129,9 +136,10 @@ class Population:
         Raises:
             ValueError: `weights` does not end in d, or `loss_fn` does not give one number.
         """
-        flat = self._checked(weights)
-        parts = [self._forward.losses(loss_fn, part, targets) for part in self._chunks(flat, inputs)]
-        return torch.cat(parts)[: len(flat)].reshape(weights.shape[:-1])
+        count = self._checked(weights)
+        parts = [self._forward.losses(loss_fn, part, targets) for part in self._chunks(weights, count, inputs, True)]
+        found = torch.cat(parts)[:count]
+        return found.reshape(weights.shape[:-1]) if isinstance(weights, Tensor) else found
 
     def objective(
         self, loss_fn: Callable[[Any, Any], Tensor], inputs: Inputs, targets: Any = None
@@ -139,31 +147,66 @@ class Population:
         """`losses` as a function of the weights alone, (..., N, d) to (..., N): what a search minimises."""
         return lambda weights: self.losses(weights, loss_fn, inputs, targets)
 
-    def _checked(self, weights: Tensor) -> Tensor:
+    def _checked(self, weights: Tensor | Changes) -> int:
+        """The number of candidates."""
+        if isinstance(weights, Mapping):
+            return self._checked_changes(weights)
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-            raise TypeError(f"weights must be a tensor of real floating point numbers, got {kind}")
+            raise TypeError(f"weights must be a tensor of real floating point numbers, or a mapping, got {kind}")
         if weights.ndim < 1 or weights.shape[-1] != self.size:
             raise ValueError(
                 f"weights must have shape (b, {self.size}), one candidate a row, got {tuple(weights.shape)}"
             )
-        return weights.detach().reshape(-1, self.size)
+        return weights.numel() // self.size
 
-    def _chunks(self, flat: Tensor, inputs: Inputs) -> Iterator[Any]:
+    def _checked_changes(self, changes: Changes) -> int:
+        if not changes:
+            raise ValueError("weights must name at least one parameter, got an empty mapping")
+        for name, each in changes.items():
+            if name not in self._parameters:
+                raise ValueError(f"weights: {name!r} is not one of the parameters searched: {', '.join(self.names)}")
+            shape = self._parameters[name].shape
+            fits = each.shape[1:] == shape if isinstance(each, Tensor) else each.check(shape)
+            if not fits:
+                raise ValueError(f"weights: {name!r} must have candidates of shape {tuple(shape)}, got {each}")
+        counts = {name: len(each) for name, each in changes.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"weights must have as many candidates for every parameter, got {counts}")
+        return next(iter(counts.values()))
+
+    def _chunks(self, weights: Tensor | Changes, count: int, inputs: Inputs, shared: bool) -> Iterator[Any]:
         """The outputs, some candidates at a time; at least one candidate, so that empty input keeps its shape."""
-        if not len(flat):
-            flat = self.vector().unsqueeze(0)
-        chunk = self.chunk_size or self._automatic(inputs)
-        with torch.no_grad(), _mode(self.model, self.train), _same_numbers(flat) as again:
-            for rows in flat.split(chunk):
+        own = inputs if isinstance(inputs, Tensor) and not shared else None
+        if not shared and (own is None or own.ndim < 1 or len(own) != count):
+            found = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"inputs must be a tensor with {count} rows, one for each candidate, got {found}")
+        if not count:
+            weights = self.vector().unsqueeze(0)
+            own = None if own is None else own.new_zeros(1, *own.shape[1:])
+        group = 1 if isinstance(weights, Tensor) else _common(weights)
+        chunk = max(self.chunk_size or self._automatic(inputs), group) // group * group
+        like = next(iter(self._parameters.values()))
+        with torch.no_grad(), _mode(self.model, self.train), _same_numbers(like) as again:
+            for start in range(0, max(count, 1), chunk):
+                stop = min(start + chunk, max(count, 1))
                 again()
-                yield self._forward(self._tables(rows), inputs)
+                tables = self._tables(weights, start, stop)
+                yield self._forward(tables, inputs if own is None else own[start:stop], own is None)
 
-    def _tables(self, rows: Tensor) -> dict[int, Tensor]:
-        """The rows cut into parameters: (b, *shape) for each, by the identity of the parameter."""
+    def _tables(self, weights: Tensor | Changes, start: int, stop: int) -> Tables:
+        """Candidates cut into parameters, by the identity of the parameter."""
+        if not isinstance(weights, Tensor):
+            found = {}
+            for name, each in weights.items():
+                p = self._parameters[name]
+                rows = each[start:stop] if isinstance(each, Tensor) else each.rows(start, stop)
+                found[id(p)] = rows.detach().to(p) if isinstance(rows, Tensor) else rows.to(p)
+            return found
+        rows = weights.detach().reshape(-1, self.size)[start:stop]
         parts = rows.split(self._sizes, dim=1)
         return {
-            id(p): part.unflatten(1, p.shape).to(p) if p.ndim else part.squeeze(1).to(p)
+            id(p): (part.unflatten(1, p.shape) if p.ndim else part.squeeze(1)).to(p)
             for p, part in zip(self._parameters.values(), parts, strict=True)
         }
 
@@ -173,6 +216,11 @@ class Population:
         widest = max((shape[0] for shape in self.shapes if shape), default=1)
         on_cpu = next(iter(self._parameters.values())).device.type == "cpu"
         return max(1, (2**23 if on_cpu else 2**28) // (self.size + samples * widest))
+
+
+def _common(changes: Changes) -> int:
+    """Candidates come in multiples of this."""
+    return max(1, math.lcm(*(each.group for each in changes.values() if isinstance(each, Span))))
 
 
 def _chosen(model: nn.Module, parameters: str | Iterable[str] | None) -> dict[str, nn.Parameter]:

@@ -29,6 +29,8 @@ class Staircase(HardLayer):
         Le 2026, arXiv 2605.01928, with L = 5.
     """
 
+    pointwise = True
+
     def __init__(self, levels: int = 5, *, surrogate: Surrogate | None = None) -> None:
         super().__init__(surrogate)
         check_int("levels", levels)

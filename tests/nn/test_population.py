@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.nn.population import Population
+from steepest.nn.population_changes import Entries, Span
+from steepest.nn.staircase import Staircase
 
 D = torch.float64
 
@@ -91,6 +93,7 @@ MODELS = {
     "volume": lambda: (nn.Sequential(nn.Conv3d(1, 2, 2), nn.Conv3d(2, 1, 2)), normal(2, 1, 4, 4, 4)),
     "tokens": lambda: (nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 3)), torch.arange(10).reshape(2, 5) % 5),
     "sequence": lambda: (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2)), normal(2, 3, 6)),
+    "staircase": flat(nn.Linear(6, 5), Staircase(), nn.Dropout(), nn.Linear(5, 4), Staircase(), nn.Linear(4, 3)),
     "one sample": lambda: (nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 2)), normal(6)),
     "attention": lambda: (nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), normal(2, 3, 6)),
 }  # fmt: skip
@@ -249,7 +252,7 @@ def test_bad_input() -> None:
         Population(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weights must have shape \(b, 8\)"):
         population.outputs(torch.ones(2, 7), torch.ones(1, 3))
-    with pytest.raises(TypeError, match=r"real floating point numbers, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"real floating point numbers, or a mapping, got torch\.int64"):
         population.outputs(torch.ones(2, 8, dtype=torch.long), torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"vector must have shape \(8,\)"):
         population.write(torch.ones(1, 8))
@@ -257,3 +260,120 @@ def test_bad_input() -> None:
         population.losses(torch.ones(2, 8), lambda o, t: o.mean(0), torch.ones(1, 3))
     with pytest.raises(RuntimeError, match="mat1"):
         population.outputs(torch.ones(2, 8), torch.ones(1, 4))
+
+
+# --- candidates near the present weights ------------------------------------------------------------------------------
+
+
+def entries(shape: torch.Size, b: int, w: int, seed: int = 5) -> Entries:
+    index = torch.randint(shape.numel(), (b, w), generator=generator(seed))
+    return Entries(index, normal(b, w, seed=seed + 1))
+
+
+def span(shape: torch.Size, groups: int, m: int, w: int) -> Span:
+    return Span(normal(groups, w, *shape, seed=6), normal(groups, m, w, seed=7))
+
+
+def placed(population: Population, changes: dict[str, Tensor | Entries | Span]) -> Tensor:
+    """The same candidates as whole vectors."""
+    rows = []
+    for name, p in population.model.named_parameters():
+        each = changes.get(name)
+        if each is None:
+            count = len(next(iter(changes.values())))
+            each = p.detach().expand(count, *p.shape)
+        elif isinstance(each, Entries):
+            flat = p.detach().flatten().repeat(len(each), 1)
+            for b in range(len(each)):
+                for place, delta in zip(each.index[b].tolist(), each.delta[b].tolist(), strict=True):
+                    flat[b, place] += delta
+            each = flat
+        elif isinstance(each, Span):
+            each = torch.einsum("gmw,gw...->gm...", each.coefficients, each.directions).flatten(0, 1) + p.detach()
+        rows.append(each.reshape(len(each), -1))
+    return torch.cat(rows, 1)
+
+
+NEAR = [
+    "mlp", "nested", "batch norm", "own inside", "branching", "convolutions", "tokens", "sequence", "attention",
+    "staircase", "one sample",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR)
+@pytest.mark.parametrize("kind", ["values", "entries", "span"])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_changes_are_whole_candidates(name: str, kind: str, chunk_size: int | None) -> None:
+    model, x = MODELS[name]()
+    model = model.to(D)
+    population = Population(model, chunk_size=chunk_size)
+    for parameter, shape in zip(population.names, population.shapes, strict=True):
+        made = {
+            "values": lambda shape=shape: normal(6, *shape, seed=4),
+            "entries": lambda shape=shape: entries(shape, 6, 3),
+            "span": lambda shape=shape: span(shape, 3, 2, 2),
+        }
+        changes = {parameter: made[kind]()}
+        expected = population.outputs(placed(population, changes), x)
+        torch.testing.assert_close(population.outputs(changes, x), expected, rtol=1e-9, atol=1e-11)
+        sums = population.losses(changes, lambda out, _: out.sin().sum(), x)
+        torch.testing.assert_close(sums, expected.sin().flatten(1).sum(1))
+
+
+@pytest.mark.parametrize("w", [1, 2, 8])
+def test_changes_of_several_parameters(w: int) -> None:
+    model, x = MODELS["staircase"]()
+    model = model.to(D)
+    population = Population(model)
+    names = population.names
+    shapes = dict(zip(names, population.shapes, strict=True))
+    for pair in zip(names, (*names[1:], names[0]), strict=True):
+        changes: dict[str, Tensor | Entries | Span] = {key: entries(shapes[key], 6, w) for key in pair}
+        torch.testing.assert_close(population.outputs(changes, x), population.outputs(placed(population, changes), x))
+        changes[pair[0]] = span(shapes[pair[0]], 2, 3, w)
+        torch.testing.assert_close(population.outputs(changes, x), population.outputs(placed(population, changes), x))
+        changes[pair[1]] = normal(6, *shapes[pair[1]])
+        torch.testing.assert_close(population.outputs(changes, x), population.outputs(placed(population, changes), x))
+
+
+def test_layers_before_the_first_change_run_once() -> None:
+    seen: list[tuple[int, ...]] = []
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).to(D)
+    model[1].register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    population, x = Population(model), normal(7, 6)
+    population.outputs({"2.weight": normal(9, 5, 5)}, x)
+    assert seen == [(7, 5)]
+
+
+def test_each_candidate_its_own_input() -> None:
+    for name in ("mlp", "own", "branching", "convolutions"):
+        model, x = MODELS[name]()
+        population = Population(model.to(D), chunk_size=2)
+        weights = population.vector() + 0.5 * normal(5, population.size)
+        own = x + normal(5, *x.shape, seed=8)
+        found = population.outputs(weights, own, shared=False)
+        for i in range(5):
+            torch.testing.assert_close(found[i], population.outputs(weights[i], own[i]), rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match=r"inputs must be a tensor with 5 rows.* got \(4, "):
+        population.outputs(weights, own[:4], shared=False)
+
+
+def test_changes_that_do_not_fit() -> None:
+    population, x = Population(nn.Linear(3, 2)), torch.ones(1, 3)
+    with pytest.raises(ValueError, match="'head' is not one of the parameters searched: weight, bias"):
+        population.outputs({"head": torch.ones(2, 3)}, x)
+    with pytest.raises(ValueError, match="at least one parameter"):
+        population.outputs({}, x)
+    with pytest.raises(ValueError, match=r"'bias' must have candidates of shape \(2,\)"):
+        population.outputs({"bias": torch.ones(4, 3)}, x)
+    with pytest.raises(ValueError, match=r"'bias' must have candidates of shape \(2,\)"):
+        population.outputs({"bias": Entries(torch.full((4, 1), 2), torch.ones(4, 1))}, x)
+    with pytest.raises(ValueError, match=r"as many candidates for every parameter, got {'bias': 4, 'weight': 3}"):
+        population.outputs({"bias": torch.ones(4, 2), "weight": torch.ones(3, 2, 3)}, x)
+    with pytest.raises(ValueError, match=r"one shape \(b, w\)"):
+        Entries(torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="index must be integers"):
+        Entries(torch.zeros(2, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"coefficients \(groups, m, w\)"):
+        Span(torch.ones(2, 3, 2), torch.ones(2, 4, 2))
+    assert population.outputs({"bias": torch.ones(0, 2)}, x).shape == (0, 1, 2)

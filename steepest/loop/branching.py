@@ -82,6 +82,7 @@ def on_checkpoint(scheduler: Any, act: Callable[[int, Mapping[str, float]], Any]
 
 def _check_whole(state: Mapping[str, Any]) -> None:
     known = {id(owner) for owner in state.values()}
+    known |= {id(getattr(owner, "optimizer", None)) for owner in state.values() if isinstance(owner, Optimizer)}
     parameters = {
         id(parameter) for owner in state.values() if isinstance(owner, nn.Module) for parameter in owner.parameters()
     } | {id(owner) for owner in state.values() if isinstance(owner, torch.Tensor)}

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from steepest.curvature.step_radius import step_radius
+from steepest.loop import branch
 from steepest.models import GPT, MLP, GPTConfig
 from steepest.optim import Mixed, Muon, RadiusClip, RadiusSGD, RandomLayers, build
 
@@ -749,3 +750,25 @@ def test_the_state_of_sgd_gives_momentum_and_leaves_the_ratio() -> None:
     again = RadiusSGD(model.parameters(), model, r=2.0)
     again.load_state_dict(radius.state_dict())
     assert again.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("on_wrapper", [True, False])
+def test_a_run_under_the_controller_can_branch(on_wrapper: bool) -> None:
+    model = net()
+    inner = Adam(model.parameters(), lr=0.3)
+    clip = RadiusClip(inner, model, every=2)
+    scheduler = lr_scheduler.StepLR(clip if on_wrapper else inner, 2, gamma=0.5)
+    run: dict[str, Any] = {"model": model, "optimizer": clip, "scheduler": scheduler}
+
+    def train(state: dict[str, Any], steps: range) -> list[Tensor]:
+        for step in steps:
+            state["optimizer"].zero_grad()
+            backward(state["model"], step)
+            state["optimizer"].step()
+            state["scheduler"].step()
+        return [p.detach().clone() for p in state["model"].parameters()]
+
+    here = train(run, range(3))
+    ends = train(branch(run), range(3, 7))
+    assert all(torch.equal(a, b) for a, b in zip(here, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ends, train(run, range(3, 7)), strict=True))

@@ -6,6 +6,7 @@ of all is the network's.
 Source: Sao 2026, arXiv 2603.13552, its study of transformers and its table of activations.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ class _Watch(TorchFunctionMode):
     def _note(self, func: Any, args: Any, kwargs: Any) -> None:
         if func is F.scaled_dot_product_attention:
             self._scores(_attention_scores(*args, **kwargs), -1)
+        elif func is F.multi_head_attention_forward:  # what it calls is not seen from here
+            self._scores(_log_weights(*args, **kwargs), -1)
         elif func in _SOFTMAX:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             self._scores(args[0] if args else kwargs["input"], -1 if dim is None else dim)
@@ -189,6 +192,15 @@ def _attention_scores(
     if attn_mask is None:
         return scores
     return scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+
+
+def _log_weights(*args: Any, **kwargs: Any) -> Tensor:
+    """The logarithms of the weights of `nn.MultiheadAttention`: its scores, up to what a softmax does not see."""
+    named = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    named |= {"need_weights": True, "average_attn_weights": False}
+    weights = F.multi_head_attention_forward(**named)[1]
+    assert weights is not None
+    return weights.log()
 
 
 def _quantile(parts: list[Tensor], quantile: float) -> float:

@@ -72,6 +72,38 @@ def test_attention() -> None:
         assert found.kink == math.inf
 
 
+class Attends(nn.Module):
+    """The same self-attention by `nn.MultiheadAttention`, and by its parts."""
+
+    def __init__(self, parts: bool, masked: bool) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+        self.head = nn.Linear(8, 3, dtype=torch.float64)
+        self.parts = parts
+        self.mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.parts:
+            return self.head(self.inner(x, x, x, attn_mask=self.mask, need_weights=False)[0])
+        projected = nn.functional.linear(x, self.inner.in_proj_weight, self.inner.in_proj_bias)
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in projected.chunk(3, -1))
+        scores = q @ k.mT / 2
+        scores = scores if self.mask is None else scores.masked_fill(self.mask, -math.inf)
+        return self.head(self.inner.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_multihead_attention_of_torch(masked: bool) -> None:
+    whole, parts = Attends(False, masked), Attends(True, masked)
+    parts.load_state_dict(whole.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, 8, dtype=torch.float64, generator=generator)
+    v = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in whole.parameters()]
+    one, other = network_radius(whole, x, v), network_radius(parts, x, v)
+    assert math.isfinite(one.attention)
+    assert (one.attention, one.output) == pytest.approx((other.attention, other.output), rel=1e-9)
+
+
 def test_a_gpt_has_all_three() -> None:
     model = GPT(GPTConfig(vocab_size=11, context=6, layers=2, heads=4, kv_heads=2, width=16)).double()
     found = network_radius(model, torch.randint(11, (2, 6)), unit(model))

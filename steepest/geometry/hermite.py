@@ -2,6 +2,7 @@ r"""Hermite polynomials, orthonormal for a standard normal number, and functions
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -36,6 +37,9 @@ def normal_rule(nodes: int = 64) -> tuple[Float[Tensor, "nodes"], Float[Tensor, 
     return golub_welsch(torch.arange(1, nodes, dtype=torch.float64).sqrt())
 
 
+_SHORT = 9  # coefficients: up to degree 8 powers are as exact as the recurrence, and cheaper
+
+
 @dataclass(frozen=True)
 class HermiteSeries:
     r"""The function $\sigma(u) = \sum_k c_k h_k(u)$.
@@ -56,12 +60,33 @@ class HermiteSeries:
         object.__setattr__(self, "coefficients", values)
 
     def __call__(self, u: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """The value.
+
+        Args:
+            u: where.
+        """
+        if len(self.coefficients) <= _SHORT:
+            return self._powers(u)
         # Clenshaw's recurrence: no stack of the basis is kept.
         after = later = torch.zeros_like(u)
         for k in range(len(self.coefficients) - 1, -1, -1):
             now = self.coefficients[k] + u * after / (k + 1) ** 0.5 - later * ((k + 1) / (k + 2)) ** 0.5
             after, later = now, after
         return after
+
+    def _powers(self, u: Tensor) -> Tensor:
+        """Horner's scheme, in the square of u for odd and even functions: few passes over u."""
+        powers = _monomials(self.coefficients)
+        parity = {index % 2 for index, c in enumerate(powers) if c}
+        if len(parity) != 1:
+            base, step, first = u, 1, 0
+        else:
+            base, step, first = u.square(), 2, parity.pop()
+        terms = powers[first::step]
+        value = torch.full_like(u, terms[-1])
+        for c in reversed(terms[:-1]):
+            value = torch.addcmul(torch.full_like(u, c), value, base) if u.requires_grad else value.mul_(base).add_(c)
+        return value * u if first else value
 
     def derivative(self) -> "HermiteSeries":
         r"""$\sigma'$, by $h_k' = \sqrt{k}\,h_{k-1}$."""
@@ -71,6 +96,19 @@ class HermiteSeries:
     def exponent(self) -> int | None:
         r"""The information exponent: the least $k \ge 1$ with $c_k \ne 0$; None for a constant."""
         return next((k for k, c in enumerate(self.coefficients) if k and c), None)
+
+
+@cache
+def _monomials(coefficients: tuple[float, ...]) -> tuple[float, ...]:
+    """The coefficients of 1, u, u^2, ... of a series."""
+    before, now = [0.0] * len(coefficients), [1.0] + [0.0] * (len(coefficients) - 1)
+    total = [0.0] * len(coefficients)
+    for k, c in enumerate(coefficients):
+        total = [value + c * each for value, each in zip(total, now, strict=True)]
+        shifted = [0.0, *now[:-1]]
+        after = [(s - k**0.5 * b) / (k + 1) ** 0.5 for s, b in zip(shifted, before, strict=True)]
+        before, now = now, after
+    return tuple(total)
 
 
 def hermite(k: int) -> HermiteSeries:

@@ -1,6 +1,7 @@
 """Every stepper of the library passes the same checks. A new one joins by adding one line to CASES."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from steepest.dynamics import (
 )
 from steepest.dynamics.network import two_layer
 from steepest.geometry import Euclidean
+from steepest.inference import DiagonalVI, FullCovarianceVI, IsotropicMixture, MeanFieldMixture, MeanFieldVI, MixtureVI
+from steepest.inference.variances import VARIANCES, Variance
 from steepest.loop import Resumable, check_stepper, stepper_checks
 from steepest.minimize import ggnc, s3cg, steepest_descent, ucg
 
@@ -32,6 +35,10 @@ def ones(dtype: torch.dtype = torch.float64, *shape: int) -> Tensor:
 
 VECTOR = Euclidean(event_ndim=1)
 SMOOTH: dict[str, Any] = {"random": False, "objective": quartic, "some_nan": "raises"}
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _noisy(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -52,6 +59,23 @@ def network(dtype: torch.dtype, _: torch.Generator) -> NetworkSteepestDescent:
     return NetworkSteepestDescent(two_layer, weights, normal(dtype, 9, 5), CLASSES, lr=0.1, momentum=0.5)
 
 
+def mixture(dtype: torch.dtype = torch.float64) -> IsotropicMixture:
+    return IsotropicMixture(normal(dtype, 3, 2), 0.5)
+
+
+def log_quartic(x: Tensor) -> Tensor:
+    return -quartic(x)
+
+
+def mixture_vi(dtype: torch.dtype, generator: torch.Generator, variance: Variance) -> MixtureVI:
+    return MixtureVI(log_quartic, mixture(dtype), variance=variance, generator=generator)
+
+
+def mean_field(dtype: torch.dtype = torch.float64) -> MeanFieldMixture:
+    return MeanFieldMixture(normal(dtype, 3, 2), 0.5)
+
+
+LOG: dict[str, Any] = {"objective": log_quartic, "some_nan": "raises"}
 CLASSES = torch.arange(9) % 3
 PLAIN: dict[str, Any] = {"random": False}
 SEPARATOR: dict[str, Any] = {"not_separable": "ignore", "lr": 0.3}
@@ -66,6 +90,17 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "s3cg": (lambda d, g: s3cg(quartic, ones(d), VECTOR, radius=2.0, step_size=0.5, clip=1.0), PLAIN),
     "random gradients": (
         lambda d, g: ggnc(None, ones(d), VECTOR, step_size=0.05, clip=1.0, gradient=_noisy, generator=g), {}),
+    **{
+        f"MixtureVI, {variance}": (partial(mixture_vi, variance=variance), {
+            **LOG, "with_objective": lambda f: MixtureVI(f, mixture(), generator=_seeded())})
+        for variance in VARIANCES
+    },
+    "MixtureVI, frozen": (
+        lambda d, g: MixtureVI(log_quartic, mixture(d), estimator="frozen", shared=True, generator=g), {}),
+    "FullCovarianceVI": (lambda d, g: FullCovarianceVI(log_quartic, mixture(d), generator=g), {}),
+    "DiagonalVI": (lambda d, g: DiagonalVI(log_quartic, mixture(d), generator=g), {}),
+    "MeanFieldVI": (lambda d, g: MeanFieldVI(log_quartic, mean_field(d), generator=g), {
+        **LOG, "with_objective": lambda f: MeanFieldVI(f, mean_field(), generator=_seeded())}),
     "SecondMoment": (lambda d, g: SecondMoment(normal(d, 5, 3), 0.1), {**PLAIN, **DOUBLE}),
     "LinearisedSGD": (lambda d, g: LinearisedSGD(normal(d, 5, 3), 0.1, trajectories=4, generator=g), DOUBLE),
     "LinearSteepestDescent": (

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     )
     from steepest.dynamics.softmax_series import KLRemainder, kl_remainder, log_partition_series
     from steepest.dynamics.stability import StabilityReport, TraceStability, stability_report, trace_stability
+    from steepest.dynamics.step_size import step_lr, unwrapped
     from steepest.dynamics.two_layer_relu import TwoLayerReLU
     from steepest.dynamics.variational_edge import (
         Modes,
@@ -169,12 +170,14 @@ __all__ = [
     "stability_coefficients",
     "stability_report",
     "step_drift",
+    "step_lr",
     "step_radius",
     "tight_radius",
     "top2_radius",
     "trace_stability",
     "trace_threshold",
     "two_layer",
+    "unwrapped",
     "variational_factor",
     "vgd_threshold",
 ]
@@ -238,6 +241,7 @@ _HOMES = {
         "preconditioner",
         "measure_edge",
     ),
+    "step_size": ("step_lr", "unwrapped"),
     "variational_edge": (
         "Modes",
         "Probability",

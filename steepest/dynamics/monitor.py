@@ -18,6 +18,8 @@ from steepest.dynamics.monitor_verdict import Verdict, judge
 from steepest.dynamics.role_norms import RoleNorms
 from steepest.dynamics.sharpness import measure_edge, preconditioned, preconditioner, step_settings
 from steepest.dynamics.softmax_radius import step_radius
+from steepest.dynamics.step_size import step_lr, unwrapped
+from steepest.optim import DAL, RadiusSGD
 
 QUANTITIES = (
     "loss",
@@ -46,7 +48,8 @@ class Monitor:
     is of one step, from the parameters before it, on the data of the monitor. Each quantity is a list in `history`
     beside the list `step`; what does not apply is NaN:
 
-    - `loss`, `grad_norm`: on the monitor's data. `lr`. `update_norm`: length of the step p.
+    - `loss`, `grad_norm`: on the monitor's data. `update_norm`: length of the step p. `lr`: of the step really taken,
+      where a wrapper or the method itself changes it (`steepest.dynamics.step_lr`).
     - `alignment`: cosine between the step's gradient and that on the monitor's data; near 0 when noise rules.
     - `sharpness`: $\lambda_{\max}(H)$; `preconditioned_sharpness`: $\lambda_{\max}(P^{-1/2} H P^{-1/2})$ for Adam,
       AdamW, RMSprop and IVON.
@@ -56,7 +59,8 @@ class Monitor:
       `batch_size` is given.
     - `radius_ratio`: r, the step over the convergence radius of the cross-entropy, for integer targets.
       For momentum, `trace_threshold` and `drift` take $\eta$ as lr / (1 - momentum).
-    - `drift`: $\tfrac{\eta^2}{2} |H g|$, how far a step of gradient descent leaves the gradient flow (SGD only).
+    - `drift`: $\tfrac{\eta^2}{2} |H g|$, how far a step of gradient descent leaves the gradient flow (SGD, DAL and
+      RadiusSGD).
     - `overshoot`: $p^T H p / (2 |g^T p|)$, the second-order over the first-order change of the loss by the step.
 
     `roles` holds norms of weights, updates and gradients by role of parameter.
@@ -78,7 +82,8 @@ class Monitor:
         tol: Residual of that eigenvector, relative to the eigenvalue.
         radius: Whether to measure `radius_ratio`; "auto" where targets are integers.
         seed: Of the random vectors.
-        writer: Anything with `add_scalar(name, value, step)`, such as a TensorBoard writer; or a folder for one.
+        writer: Anything with `add_scalar(name, value, step)`, such as a `torch.utils.tensorboard.SummaryWriter`, which
+            stays the user's; or a folder for one. Each finite number goes there as `stability/<quantity>`.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -190,15 +195,19 @@ class Monitor:
         """Follow the optimizer's steps from now on."""
         if not self._hooks:
             self._hooks = [
-                self.optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+                self.optimizer.register_step_pre_hook(
+                    lambda _, args, kwargs: self.before_step(_has_closure(args, kwargs))
+                ),
                 self.optimizer.register_step_post_hook(lambda *_: self.after_step()),
             ]
             self._clock = time.perf_counter()
 
     def detach(self) -> None:
-        """Follow them no longer."""
+        """Follow them no longer, and let the writer write what it holds back."""
         for hook in self._hooks:
             hook.remove()
+        if self._hooks and hasattr(self.writer, "flush"):
+            self.writer.flush()
         self._hooks, self._clock, self._held = [], None, None
 
     def __call__(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -207,13 +216,17 @@ class Monitor:
             self.steps = max(self.steps, step)
             self.attach()
 
-    def before_step(self) -> None:
-        """To be called before a step by loops that do not use `attach`."""
+    def before_step(self, closure: bool = False) -> None:
+        """To be called before a step by loops that do not use `attach`.
+
+        Args:
+            closure: Whether the gradients come from a closure within the step; they are then read after it.
+        """
         now = time.perf_counter()
         if self._clock is not None:
             self.training_seconds += now - self._clock
         if self._due():
-            self._held = self._hessian(), self.norms.before(), self._step_gradient()
+            self._held = self._hessian(), self.norms.before(), None if closure else self._step_gradient()
             self.seconds += time.perf_counter() - now
         self._clock = time.perf_counter()
 
@@ -294,8 +307,10 @@ class Monitor:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _record(self, hessian: Hessian, before: list[Tensor], step_gradient: Tensor | None) -> None:
+        if step_gradient is None:
+            step_gradient = self._step_gradient()
         row: dict[str, float] = dict.fromkeys(QUANTITIES, math.nan)
-        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        row["lr"] = step_lr(self.optimizer)
         moved = [p.detach() - old for p, old in zip(self.parameters, before, strict=True)]
         try:
             self._measure(row, hessian, hessian.flatten(moved), step_gradient)
@@ -333,7 +348,7 @@ class Monitor:
             diagonal = preconditioner(self.optimizer, self.parameters)
         except (TypeError, ValueError):
             return  # an optimizer whose threshold is not known
-        if isinstance(self.optimizer, torch.optim.SGD):
+        if isinstance(unwrapped(self.optimizer), torch.optim.SGD | DAL | RadiusSGD):
             row["drift"] = float(step_drift(hessian, lr).distance)
             if self.batch_size is not None:
                 p = noise_factor(self.samples or 10**9, self.batch_size)
@@ -372,3 +387,7 @@ class Monitor:
             if self.radius is True:
                 raise
             return math.nan  # the model does not give logits of these inputs
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer, RMSprop
 
 from steepest.curvature import FunctionOperator, Hessian, LinearOperator, top_eigenpairs
+from steepest.dynamics.step_size import step_lr, unwrapped
 from steepest.dynamics.variational_edge import vgd_threshold
-from steepest.optim import IVON, VariationalSGD
+from steepest.optim import DAL, IVON, RadiusSGD, VariationalSGD
 
-_KNOWN = "SGD, Adam, AdamW, RMSprop, VariationalSGD or IVON"
+_PLAIN = (torch.optim.SGD, VariationalSGD, DAL, RadiusSGD)  # without a preconditioner
+_KNOWN = "SGD, Adam, AdamW, RMSprop, VariationalSGD, IVON, DAL or RadiusSGD, or a wrapper of one"
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def preconditioner(optimizer: Optimizer, params: Iterable[Tensor] | None = None)
     r"""The diagonal P of the matrix by whose inverse an optimizer multiplies its (average) gradient.
 
     Adam, AdamW: $\sqrt{v/(1 - \beta_2^t)} + \epsilon$. RMSprop: $\sqrt v + \epsilon$. IVON:
-    $(h + \delta)/(h_0 + \delta)$, without `rescale_lr` $h + \delta$. SGD, VariationalSGD: 1.
+    $(h + \delta)/(h_0 + \delta)$, without `rescale_lr` $h + \delta$. SGD, VariationalSGD, DAL, RadiusSGD: 1.
 
     Args:
         optimizer: after its first step.
@@ -183,6 +185,7 @@ def preconditioner(optimizer: Optimizer, params: Iterable[Tensor] | None = None)
         TypeError: another optimizer.
         ValueError: the optimizer does not hold a parameter, or has no state of it yet.
     """
+    optimizer = unwrapped(optimizer)
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     wanted = [p for p in groups if p.requires_grad] if params is None else list(params)
     found = []
@@ -195,7 +198,7 @@ def preconditioner(optimizer: Optimizer, params: Iterable[Tensor] | None = None)
 
 @torch.no_grad()
 def _diagonal(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor:
-    if isinstance(optimizer, torch.optim.SGD | VariationalSGD):
+    if isinstance(optimizer, _PLAIN):
         return torch.ones_like(parameter, requires_grad=False)
     if not isinstance(optimizer, Adam | RMSprop | IVON):
         raise TypeError(f"optimizer must be {_KNOWN}, got {type(optimizer).__name__}")
@@ -262,7 +265,7 @@ class SharpnessMonitor:
         max_products: int | None = None,
         train: bool | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.SGD | Adam | RMSprop | VariationalSGD | IVON):
+        if not isinstance(unwrapped(optimizer), (*_PLAIN, Adam, RMSprop, IVON)):
             raise TypeError(f"optimizer must be {_KNOWN}, got {type(optimizer).__name__}")
         self.model, self.loss_fn, self.data, self.optimizer = model, loss_fn, data, optimizer
         self.params, self.k, self.tol, self.max_products, self.train = params, k, tol, max_products, train
@@ -274,7 +277,7 @@ class SharpnessMonitor:
         train = uses_batch_statistics(self.model) if self.train is None else self.train
         hessian = Hessian(self.model, self.loss_fn, self.data, params=self.params, train=train)
         operator, gradient = hessian, hessian.gradient()
-        if isinstance(self.optimizer, Adam | RMSprop | IVON):
+        if isinstance(unwrapped(self.optimizer), Adam | RMSprop | IVON):
             p = hessian.flatten(preconditioner(self.optimizer, self._parameters()))
             operator, gradient = preconditioned(hessian, p), gradient * p.to(gradient).rsqrt()
         start = self._start if self._start is not None and self._start.shape == gradient.shape else None
@@ -301,19 +304,21 @@ def uses_batch_statistics(model: nn.Module) -> bool:
 def step_settings(optimizer: Optimizer) -> tuple[float, float, float, int]:
     r"""Learning rate and momentum of an average gradient, variance of the weight noise, and its samples.
 
+    The learning rate is that of the last step where it is not the group's (DAL, RadiusSGD, RadiusClip): see `step_lr`.
     SGD with Nesterov momentum $\beta$ is unstable from $2 (1 + \beta) / (lr (1 + 2\beta))$ on. The momentum returned is
     then that one without Nesterov which has this threshold, $\beta^2 / (1 + \beta - \beta^2)$.
 
     Args:
-        optimizer: SGD, Adam, AdamW, RMSprop, VariationalSGD or IVON.
+        optimizer: SGD, Adam, AdamW, RMSprop, VariationalSGD, IVON, DAL or RadiusSGD, or a wrapper of one.
 
     Raises:
         TypeError: another optimizer.
         ValueError: groups with different settings.
     """
-    if not isinstance(optimizer, torch.optim.SGD | Adam | RMSprop | VariationalSGD | IVON):
+    wrapper, optimizer = optimizer, unwrapped(optimizer)
+    if not isinstance(optimizer, (*_PLAIN, Adam, RMSprop, IVON)):
         raise TypeError(f"optimizer must be {_KNOWN}, got {type(optimizer).__name__}")
-    found = {_of_group(optimizer, group) for group in optimizer.param_groups}
+    found = {_of_group(optimizer, group, step_lr(wrapper, i)) for i, group in enumerate(optimizer.param_groups)}
     if len(found) > 1:
         raise ValueError(f"all parameter groups must have the same lr, momentum and noise, got {sorted(found)}")
     lr, momentum, variance = found.pop()
@@ -322,8 +327,7 @@ def step_settings(optimizer: Optimizer) -> tuple[float, float, float, int]:
     return lr, momentum, variance, 1
 
 
-def _of_group(optimizer: Any, group: dict[str, Any]) -> tuple[float, float, float]:
-    lr = float(group["lr"])
+def _of_group(optimizer: Any, group: dict[str, Any], lr: float) -> tuple[float, float, float]:
     if isinstance(optimizer, IVON):
         scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
         return lr, float(group["betas"][0]), 1 / (group["ess"] * scale)

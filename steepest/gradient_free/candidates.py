@@ -12,7 +12,7 @@ from steepest.gradient_free.network_loss import TakesChanges
 from steepest.gradient_free.particle_moves import Probes
 from steepest.gradient_free.subspaces import Block
 
-NUMBERS = 2**22  # how many a piece may hold: 16 MiB in float32
+NUMBERS = 2**20  # how many a piece may hold: what fits a cache is fastest
 
 
 class Candidates:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steepest.nn.population import Inputs, Population, _mode, _same_numbers
@@ -85,4 +85,34 @@ class BatchLoss:
         like = next(iter(tables.values()))
         with torch.no_grad(), _mode(model, population.train), _same_numbers(like) as again:
             again()
-            return forward.losses(self.network.loss_fn, forward(tables, self.inputs), self.targets)
+            outputs = forward(tables, self.inputs)
+            if _plain_cross_entropy(self.network.loss_fn, outputs, self.targets):
+                return batched_cross_entropy(outputs, self.targets)
+            return forward.losses(self.network.loss_fn, outputs, self.targets)
+
+
+def _plain_cross_entropy(loss_fn: Any, outputs: Any, targets: Any) -> bool:
+    """Whether the loss is the mean cross-entropy of logits (b, n, classes) with class numbers (n,)."""
+    if isinstance(loss_fn, nn.CrossEntropyLoss):
+        usual = type(loss_fn) is nn.CrossEntropyLoss and loss_fn.weight is None and loss_fn.reduction == "mean"
+        if not usual or loss_fn.label_smoothing or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
+            return False
+        ignored = loss_fn.ignore_index
+    elif loss_fn is nn.functional.cross_entropy:
+        ignored = -100
+    else:
+        return False
+    tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    if not tensors or outputs.ndim != 3 or targets.shape != outputs.shape[1:2] or targets.dtype != torch.int64:
+        return False
+    known = (targets >= 0) & (targets < outputs.shape[2]) & (targets != ignored)
+    return outputs.dtype in (torch.float32, torch.float64) and targets.numel() > 0 and bool(known.all())
+
+
+def batched_cross_entropy(logits: Float[Tensor, "b n classes"], targets: Int[Tensor, " n"]) -> Float[Tensor, " b"]:
+    """The mean cross-entropy of each candidate. Classes come before samples: torch reduces over few classes slowly."""
+    z = logits.transpose(1, 2).contiguous()
+    chosen = z.gather(1, targets.expand(len(z), 1, -1)).squeeze(1)
+    largest = z.amax(1)
+    total = (z - largest.unsqueeze(1)).exp_().sum(1).log_()
+    return (total + largest - chosen).mean(1)

@@ -119,11 +119,14 @@ def _check_scheduler(scheduler: Any) -> None:
 
 def _optimizer_step(optimizer: Optimizer, closure: Callable[[], Any]) -> Metrics:
     first: dict[str, Any] = {}
+    names: tuple[str, ...] = getattr(optimizer, "loss_names", ("loss",))  # those of a game have several
 
     def evaluate() -> Any:
-        loss, metrics = _split(closure())
+        loss, metrics = _split(closure(), len(names))
         if not first:
-            first.update({"loss": loss.detach() if isinstance(loss, Tensor) else loss, **metrics})
+            losses = (loss,) if len(names) == 1 else loss
+            first.update({n: x.detach() if isinstance(x, Tensor) else x for n, x in zip(names, losses, strict=True)})
+            first.update(metrics)
         return loss
 
     optimizer.step(evaluate)
@@ -132,11 +135,16 @@ def _optimizer_step(optimizer: Optimizer, closure: Callable[[], Any]) -> Metrics
     return Metrics(first)
 
 
-def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
+def _split(returned: Any, count: int) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
         loss, metrics = returned
     else:
         loss, metrics = returned, {}
-    if loss is None or isinstance(loss, tuple | list | dict):
+    if count > 1:
+        if not isinstance(loss, tuple | list) or len(loss) != count:
+            raise TypeError(
+                f"closure must return {count} losses, or (losses, mapping of metrics), got {type(returned).__name__}"
+            )
+    elif loss is None or isinstance(loss, tuple | list | dict):
         raise TypeError(f"closure must return the loss, or (loss, mapping of metrics), got {type(returned).__name__}")
     return loss, metrics

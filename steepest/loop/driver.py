@@ -56,7 +56,8 @@ def run(
         steps: stop after so many complete steps in total. None: a rule in `stop` ends the run.
         closure: for an optimizer, as in torch: zeroes the gradients, computes the loss, calls backward, and returns the
             loss, or (loss, mapping of further metrics). If the optimizer calls it several times in a step, the first
-            call is recorded, as "loss".
+            call is recorded, as "loss". For an optimizer with `loss_names`, such as those of games, it returns as many
+            losses, and they are recorded under these names.
         scheduler: for an optimizer, a learning-rate scheduler, stepped after each step and checkpointed.
         state: further objects to checkpoint, by name: the model, a data iterator, a gradient scaler (anything with
             `state_dict` and `load_state_dict`), or a torch.Generator. An optimizer's parameters that are in no module

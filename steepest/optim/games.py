@@ -40,6 +40,8 @@ class TwoPlayerOptimizer(Mixed):
     optimizer apply them. Parameters that do not require gradients rest.
     """
 
+    loss_names = ("first loss", "second loss")  # what `steepest.run` records of the closure's losses
+
     def __init__(
         self,
         first: Player,

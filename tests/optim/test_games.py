@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from steepest.loop import run
 from steepest.optim.game_baselines import SGA, Consensus, RungeKutta
 from steepest.optim.games import GameOptimizer, TwoPlayerOptimizer
 from steepest.studies._drift_games import random_game
@@ -552,3 +553,31 @@ def test_operations_without_second_derivative_fall_back_with_one_warning(kind: A
     assert all(bool(p.isfinite().all()) and float(p.abs().max()) < 10 for p in values(*ours))
     with pytest.raises(RuntimeError, match=r"no second derivative|once only"):
         SGA(*ours, 0.1).step(closure(kind.apply, ours, False), batch(0))
+
+
+@pytest.mark.parametrize("scheme", ["simultaneous", "alternating"])
+def test_the_loop_runs_a_game_and_records_both_losses(scheme: Any, tmp_path: Any) -> None:
+    def fresh() -> tuple[GameOptimizer, Any]:
+        one = torch.ones(2, dtype=torch.float64)
+        first, second = nn.Parameter(one.clone()), nn.Parameter(0.5 * one)
+        optimizer = GameOptimizer([first], [second], lr=(0.1, 0.05), scheme=scheme, momentum=0.5)
+        return optimizer, lambda: ((first * second).sum(), second.square().sum() - (first * second).sum())
+
+    def point(optimizer: GameOptimizer) -> list[Tensor]:
+        return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+    whole, losses = fresh()
+    found = run(whole, 6, closure=losses, progress=False)
+    assert {"first loss", "second loss"} <= set(found.history)
+    assert found.history["first loss"][0] == 1.0 and found.history["second loss"][0] == -0.5
+    path = tmp_path / "game.pt"
+    part, losses = fresh()
+    run(part, 3, closure=losses, progress=False, checkpoint=path, checkpoint_every=3)
+    rest, losses = fresh()
+    run(rest, 6, closure=lambda: (losses(), {"note": 1.0}), progress=False, checkpoint=path)
+    assert all(torch.equal(a, b) for a, b in zip(point(whole), point(rest), strict=True))
+    with pytest.raises(TypeError, match="2 losses"):
+        run(fresh()[0], 1, closure=lambda: losses()[0], progress=False)
+    sgd = torch.optim.SGD(point(rest), lr=0.1)
+    with pytest.raises(TypeError, match="the loss"):
+        run(sgd, 1, closure=losses, progress=False)

@@ -1,5 +1,6 @@
 """The Gibbs-weighted mean of points, its effective sample size, and the weight that reaches a given one."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -62,12 +63,12 @@ def check_alpha(alpha: Alpha) -> None:
 
 def gibbs_logits(energy: Float[Tensor, "*batch n"], alpha: Alpha) -> Float[Tensor, "*batch n"]:
     r"""$-\alpha (E - \min E)$, minus infinity where E is not finite."""
-    finite = energy.isfinite()
-    cap = torch.finfo(energy.dtype).max
-    gap = torch.where(finite, energy, cap)
-    gap = (gap - gap.amin(-1, keepdim=True)).clamp_max(cap)  # so that neither 0 * inf nor inf * 0 arises
-    scale = alpha.to(energy).clamp_max(cap)[..., None] if isinstance(alpha, Tensor) else min(alpha, cap)
-    return torch.where(finite, gap * -scale, -torch.inf)
+    info = torch.finfo(energy.dtype)
+    known = energy.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    gap = known - known.amin(-1, keepdim=True)
+    if isinstance(alpha, Tensor):  # the bounds keep 0 * inf away
+        return gap * -alpha.to(energy).clamp(info.tiny, info.max)[..., None]
+    return gap * -min(max(alpha, info.tiny), info.max)
 
 
 def gibbs_weights(energy: Float[Tensor, "*batch n"], alpha: Alpha) -> Float[Tensor, "*batch n"]:
@@ -78,7 +79,7 @@ def gibbs_weights(energy: Float[Tensor, "*batch n"], alpha: Alpha) -> Float[Tens
 def weighted_mean(x: Float[Tensor, "*batch n d"], weights: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch d"]:
     """The mean of the points with these weights; points without weight may be infinite."""
     mean = (weights[..., None, :] @ x).squeeze(-2)
-    if not bool(mean.isfinite().all()):
+    if not math.isfinite(mean.sum()):
         mean = (weights[..., None, :] @ torch.where(weights[..., None] > 0, x, 0.0)).squeeze(-2)
     return mean
 
@@ -194,12 +195,13 @@ class EffectiveSampleSize:
         for _ in range(100):
             gap, slope = _log_size(e, t.exp(), finite)
             gap = gap - target
-            if not bool(((gap.abs() > 1e-10) & (high - low > 1e-12)).any()):
+            open_ = (gap.abs() > 1e-10) & (high - low > 1e-12)
+            if not bool(open_.any()):
                 break
             low, high = torch.where(gap > 0, t, low), torch.where(gap > 0, high, t)
             newton = t - gap / slope
             inside = (newton > low) & (newton < high)
-            t = torch.where(inside, newton, 0.5 * (low + high))
+            t = torch.where(open_, torch.where(inside, newton, 0.5 * (low + high)), t)
         return (t.exp() / scale).clamp_max(self.max_alpha).to(energy.dtype)
 
 

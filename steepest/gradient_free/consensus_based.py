@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,8 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest._checks import check_int
-from steepest.gradient_free._swarm_arguments import AlphaRule, alpha_at, check_choice, check_number, check_points
-from steepest.gradient_free.consensus import Kernel, gibbs_weights, polarised_consensus, weighted_mean
+from steepest.gradient_free._swarm_arguments import (
+    AlphaRule,
+    alpha_at,
+    check_choice,
+    check_generator,
+    check_number,
+    check_points,
+)
+from steepest.gradient_free.consensus import KERNELS, Kernel, gibbs_weights, polarised_consensus, weighted_mean
 from steepest.gradient_free.search import Objective, Search, evaluate
 from steepest.gradient_free.swarm_step import (
     NOISES,
@@ -117,7 +124,7 @@ class ConsensusBased(Search):
         memory: float | None = None,
         memory_sigma: float | None = None,
         kernel_width: float | None = None,
-        kernel: Kernel = "gaussian",
+        kernel: Kernel | Callable[[Tensor], Tensor] = "gaussian",
         stagnation: float | None = None,
         stagnation_noise: float | None = None,
         generator: torch.Generator | None = None,
@@ -149,9 +156,12 @@ class ConsensusBased(Search):
         if memory_sigma is not None and memory is None:
             raise ValueError(f"memory_sigma={memory_sigma} needs memory=, the strength of the drift; got None")
         self.kernel_width = None if kernel_width is None else check_number("kernel_width", kernel_width, True)
-        self.kernel: Kernel = kernel
+        if not callable(kernel):
+            check_choice("kernel", kernel, KERNELS)
+        self.kernel: Kernel | Callable[[Tensor], Tensor] = kernel
         self.stagnation = None if stagnation is None else check_number("stagnation", stagnation)
         self.stagnation_noise = None if stagnation_noise is None else check_number("stagnation_noise", stagnation_noise)
+        check_generator(generator)
         self.generator = generator
         self.consensus: Tensor | None = None
         self._order = None if batch_size is None else torch.zeros(x0.shape[:-1], dtype=torch.long, device=x0.device)
@@ -243,6 +253,8 @@ class ConsensusBased(Search):
             x = self._recall(x, moving, remembered[0] if self.move == "all" else known, sigma)
         kept = consensus if self.kernel_width is not None else consensus.squeeze(-2)
         metrics: dict[str, Any] = {"alpha": alpha.mean() if isinstance(alpha, Tensor) else alpha}
+        if self.stagnation is not None:
+            metrics["restarted"] = 0
         if self.consensus is not None and (self.kernel_width is None or self.batch_size is None or self.move == "all"):
             change = (kept - self.consensus).abs()
             metrics["change"] = change.amax()

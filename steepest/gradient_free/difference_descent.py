@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steepest.gradient_free._swarm_arguments import check_number, check_points
+from steepest.gradient_free._swarm_arguments import check_generator, check_number, check_points
 from steepest.gradient_free.search import Objective, Search
 from steepest.gradient_free.swarm_step import standard_normal
 
@@ -63,6 +63,7 @@ class DifferenceDescent(Search):
         generator: torch.Generator | None = None,
     ) -> None:
         check_points("x0", x0[..., None, :] if isinstance(x0, Tensor) and x0.ndim else x0, least=1)
+        check_generator(generator)
         if gradient is not None and not callable(gradient):
             raise TypeError(f"gradient must be a function of points (*batch, d), got {gradient!r}")
         super().__init__(objective, x0)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest._checks import check_int
-from steepest.gradient_free._swarm_arguments import AlphaRule, alpha_at, check_number, check_points
+from steepest.gradient_free._swarm_arguments import AlphaRule, alpha_at, check_generator, check_number, check_points
 from steepest.gradient_free.consensus import gibbs_weights, weighted_mean
 from steepest.gradient_free.search import Objective, Search
 from steepest.gradient_free.swarm_step import standard_normal
@@ -75,6 +75,7 @@ class ConsensusHopping(Search):
     ) -> None:
         check_points("x0", x0[..., None, :] if isinstance(x0, Tensor) and x0.ndim else x0, least=1)
         check_int("particles", particles)
+        check_generator(generator)
         super().__init__(objective, x0)
         self.x = x0.detach().clone(memory_format=torch.contiguous_format)
         self.particles, self.alpha, self.width = particles, alpha, width

@@ -60,15 +60,15 @@ def consensus_step(
         offset = offset * (1 - lam * dt)
     match noise:
         case "anisotropic":
-            return torch.addcmul(drifted, offset, xi, value=scale)
+            return drifted.addcmul_(offset, xi, value=scale)
         case "isotropic":
             length = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
-            return torch.addcmul(drifted, length, xi, value=scale)
+            return drifted.addcmul_(length, xi, value=scale)
         case "constant":
-            return torch.add(drifted, xi, alpha=scale)
+            return drifted.add_(xi, alpha=scale)
         case "covariance":
             assert factor is not None
-            return torch.add(drifted, apply_root(factor, xi), alpha=scale)
+            return drifted.add_(apply_root(factor, xi), alpha=scale)
     raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest._checks import check_int
-from steepest.gradient_free._swarm_arguments import check_choice, check_number
+from steepest.gradient_free._swarm_arguments import check_choice, check_generator, check_number
 from steepest.gradient_free.consensus_based import ConsensusBased
 from steepest.gradient_free.swarm_step import standard_normal
 from steepest.loop import Resumable
@@ -116,6 +116,7 @@ class CBOTrainer(Resumable):
             raise TypeError(
                 "batches must be iterable again and again, or have per_epoch; a generator ends after one epoch"
             )
+        check_generator(generator)
         check_int("particles", particles, least=2)
         if groups is not None:
             check_int("groups", groups)

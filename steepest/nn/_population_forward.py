@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from steepest.nn._population_losses import Losses
 from steepest.nn._population_rules import POINTWISE, RULES
 from steepest.nn.population_changes import Columns, Entries, Span, linear_entries
 
@@ -26,7 +27,7 @@ class Forward:
     def __init__(self, model: nn.Module, fallbacks: dict[str, str]) -> None:
         self.model = model
         self.fallbacks = fallbacks
-        self._loss_loops: set[Any] = set()
+        self._losses = Losses()
 
     def __call__(self, tables: Tables, inputs: Any, shared: bool = True) -> Any:
         """The outputs, (b, ...). Without `shared` the input leads with the candidates."""
@@ -109,27 +110,7 @@ class Forward:
 
     def losses(self, loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
         """loss_fn for each candidate's output, (b,)."""
-        if loss_fn not in self._loss_loops:
-            try:
-                return _numbers(vmap(lambda each: loss_fn(each, targets), randomness="same")(outputs), 1)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                pass
-        count = len(tree_leaves(outputs)[0])
-        found = []
-        for i in range(count):
-            own = tree_map(lambda each: each[i], outputs)  # noqa: B023
-            found.append(_numbers(torch.as_tensor(loss_fn(own, targets)), 0))
-        self._loss_loops.add(loss_fn)
-        return torch.stack(found)
-
-
-def _numbers(values: Tensor, leading: int) -> Tensor:
-    if not isinstance(values, Tensor) or values.ndim != leading or values.is_complex():
-        shape = tuple(values.shape[leading:]) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"loss_fn must give one real number for one candidate's output, got {shape}")
-    return values
+        return self._losses(loss_fn, outputs, targets)
 
 
 def _weights(module: nn.Module, tables: Tables) -> dict[str, Tensor]:

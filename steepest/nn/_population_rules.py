@@ -18,16 +18,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: Shape (b or 1, out, in).
         bias: Shape (b or 1, out).
     """
+    if x.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(f"a linear layer takes {weight.shape[-1]} features, got an input of {x.shape[-1]}")
     flat = x.reshape(len(x), -1, x.shape[-1])
     if len(weight) == 1:
         shared = bias[0] if bias is not None and len(bias) == 1 else None
         out, bias = F.linear(flat, weight[0], shared), None if shared is not None else bias
-    elif len(flat) == 1:  # one product of the shared input with all weights
-        out = (flat[0] @ weight.flatten(0, 1).mT).unflatten(1, weight.shape[:2]).transpose(0, 1)
-    elif bias is not None:
-        out, bias = torch.baddbmm(bias.unsqueeze(1), flat, weight.mT), None
     else:
-        out = torch.bmm(flat, weight.mT)
+        flat = flat.expand(len(weight), -1, -1)
+        if bias is None:
+            out = torch.bmm(flat, weight.mT)
+        else:
+            out, bias = torch.baddbmm(bias.unsqueeze(1), flat, weight.mT), None
     if bias is not None:
         out = out + bias.unsqueeze(1)
     return out.reshape(len(out), *x.shape[1:-1], weight.shape[1])

@@ -215,7 +215,7 @@ class Population:
         samples = first.shape[0] if first is not None and first.ndim else 1
         widest = max((shape[0] for shape in self.shapes if shape), default=1)
         on_cpu = next(iter(self._parameters.values())).device.type == "cpu"
-        return max(1, (2**23 if on_cpu else 2**28) // (self.size + samples * widest))
+        return max(1, (2**21 if on_cpu else 2**28) // (self.size + samples * widest))
 
 
 def _common(changes: Changes) -> int:

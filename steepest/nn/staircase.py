@@ -40,11 +40,10 @@ class Staircase(HardLayer):
         self, weights: dict[str, Tensor], x: Float[Tensor, "candidates *shape"]
     ) -> Float[Tensor, "candidates *shape"]:
         """See `HardLayer`."""
-        smooth = torch.sigmoid(x)
-        return self._pick(lambda: self._steps(smooth.detach()), lambda: smooth)
+        return self._pick(lambda: self._steps(x.detach()), lambda: torch.sigmoid(x))
 
-    def _steps(self, smooth: Tensor) -> Tensor:
-        return (smooth * self.levels).floor_().div_(self.levels)
+    def _steps(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x).mul_(self.levels).floor_().div_(self.levels)
 
     def extra_repr(self) -> str:
         """Shown by `print`."""

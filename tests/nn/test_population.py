@@ -258,8 +258,38 @@ def test_bad_input() -> None:
         population.write(torch.ones(1, 8))
     with pytest.raises(ValueError, match=r"one real number for one candidate's output, got \(2,\)"):
         population.losses(torch.ones(2, 8), lambda o, t: o.mean(0), torch.ones(1, 3))
-    with pytest.raises(RuntimeError, match="mat1"):
+    with pytest.raises(RuntimeError, match="takes 3 features, got an input of 4"):
         population.outputs(torch.ones(2, 8), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=2)])
+def test_cross_entropy_is_torchs(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    population = Population(nn.Linear(4, 5).to(D))
+    weights, x = 20 * normal(6, population.size), normal(9, 4)
+    ignored = getattr(loss_fn, "ignore_index", -100)
+    some = torch.tensor([1, ignored, 3, 0, 4, ignored, 4, 4, 0])
+    for y in (torch.arange(9) % 5, some, torch.full((9,), ignored)):
+        expected = torch.stack([loss_fn(each, y) for each in population.outputs(weights, x)])
+        torch.testing.assert_close(population.losses(weights, loss_fn, x, y), expected, equal_nan=True)
+    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        population.losses(weights, loss_fn, x, torch.full((9,), 7))
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.arange(1, 6, dtype=D)),
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.NLLLoss(),
+        lambda out, y: F.mse_loss(out[:, 0], y.to(out)),
+    ],
+)
+def test_other_losses(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    population = Population(nn.Linear(4, 5).to(D))
+    weights, x, y = normal(6, population.size), normal(9, 4), torch.arange(9) % 5
+    expected = torch.stack([loss_fn(each, y) for each in population.outputs(weights, x)])
+    torch.testing.assert_close(population.losses(weights, loss_fn, x, y), expected)
 
 
 # --- candidates near the present weights ------------------------------------------------------------------------------

@@ -19,6 +19,19 @@ from steepest.dynamics import (
 )
 from steepest.dynamics.network import two_layer
 from steepest.geometry import Euclidean
+from steepest.gradient_free import (
+    CMAES,
+    SPSA,
+    AdamConsensus,
+    CBOTrainer,
+    ConsensusBased,
+    ConsensusHopping,
+    ConsensusSampling,
+    DifferenceDescent,
+    EffectiveSampleSize,
+    EvolutionStrategy,
+    rastrigin,
+)
 from steepest.inference import DiagonalVI, FullCovarianceVI, IsotropicMixture, MeanFieldMixture, MeanFieldVI, MixtureVI
 from steepest.inference.variances import VARIANCES, Variance
 from steepest.loop import Resumable, check_stepper, stepper_checks
@@ -34,6 +47,7 @@ def ones(dtype: torch.dtype = torch.float64, *shape: int) -> Tensor:
 
 
 VECTOR = Euclidean(event_ndim=1)
+VALUES: dict[str, Any] = {"objective": quartic, "some_nan": "skips"}
 SMOOTH: dict[str, Any] = {"random": False, "objective": quartic, "some_nan": "raises"}
 
 
@@ -81,6 +95,20 @@ PLAIN: dict[str, Any] = {"random": False}
 SEPARATOR: dict[str, Any] = {"not_separable": "ignore", "lr": 0.3}
 DOUBLE: dict[str, Any] = {"dtypes": (torch.float64,)}  # computed in float64 whatever comes in
 
+
+
+def swarm(function: Any, dtype: torch.dtype, generator: torch.Generator, **options: Any) -> ConsensusBased:
+    return ConsensusBased(function, normal(dtype, 2, 8, 3), sigma=0.7, dt=0.1, generator=generator, **options)
+
+
+def cbo_trainer(dtype: torch.dtype, generator: torch.Generator) -> CBOTrainer:
+    model = torch.nn.utils.skip_init(torch.nn.Linear, 5, 3, dtype=dtype)
+    data = list(zip(normal(dtype, 9, 5).split(3), CLASSES.split(3), strict=True))
+    return CBOTrainer(
+        model, torch.nn.functional.cross_entropy, data, particles=8, batch_size=4, reduce=True, generator=generator
+    )
+
+
 # name: (make(dtype, generator), options of `StepperCase`)
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "steepest_descent": (lambda d, g: steepest_descent(quartic, ones(d), VECTOR, step_size=0.05), {
@@ -90,6 +118,14 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "s3cg": (lambda d, g: s3cg(quartic, ones(d), VECTOR, radius=2.0, step_size=0.5, clip=1.0), PLAIN),
     "random gradients": (
         lambda d, g: ggnc(None, ones(d), VECTOR, step_size=0.05, clip=1.0, gradient=_noisy, generator=g), {}),
+    "EvolutionStrategy": (lambda d, g: EvolutionStrategy(quartic, ones(d, 2, 3), weight_decay=0.1, generator=g), {
+        **VALUES, "with_objective": lambda f: EvolutionStrategy(f, ones(), generator=_seeded())}),
+    "EvolutionStrategy with Adam": (
+        lambda d, g: EvolutionStrategy(quartic, ones(d), optimizer="adam", shaping="none", generator=g), {}),
+    "SPSA": (lambda d, g: SPSA(quartic, ones(d, 2, 3), directions=2, generator=g), {
+        **VALUES, "with_objective": lambda f: SPSA(f, ones(), directions=2, generator=_seeded())}),
+    "CMAES": (lambda d, g: CMAES(quartic, ones(d), generator=g), {
+        **VALUES, "with_objective": lambda f: CMAES(f, ones(), generator=_seeded())}),
     **{
         f"MixtureVI, {variance}": (partial(mixture_vi, variance=variance), {
             **LOG, "with_objective": lambda f: MixtureVI(f, mixture(), generator=_seeded())})
@@ -108,6 +144,25 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LinearAdam": (lambda d, g: LinearAdam(normal(d, 9, 5), CLASSES, **SEPARATOR), PLAIN),
     "RegressionSGD": (regression, PLAIN),
     "NetworkSteepestDescent": (network, PLAIN),
+    "ConsensusBased": (lambda d, g: swarm(rastrigin, d, g), {
+        "with_objective": lambda f: swarm(f, torch.float64, torch.Generator().manual_seed(0)),
+        "objective": rastrigin, "some_nan": "skips"}),
+    "ConsensusBased in batches": (lambda d, g: swarm(
+        rastrigin, d, g, batch_size=3, memory=0.1, stagnation=0.5, alpha=EffectiveSampleSize()), {}),
+    "ConsensusBased, corrected": (lambda d, g: swarm(
+        rastrigin, d, g, batch_size=3, move="batch", correction="smooth", noise="isotropic"), {}),
+    "ConsensusBased, polarised": (lambda d, g: swarm(rastrigin, d, g, kernel_width=1.0), {}),
+    "ConsensusSampling": (lambda d, g: ConsensusSampling(rastrigin, normal(d, 2, 8, 3), generator=g), {
+        "objective": rastrigin, "some_nan": "skips", "with_objective": lambda f: ConsensusSampling(
+            f, normal(torch.float64, 8, 3), generator=torch.Generator().manual_seed(0))}),
+    "AdamConsensus": (lambda d, g: AdamConsensus(rastrigin, normal(d, 2, 8, 3), batch_size=3, generator=g), {}),
+    "ConsensusHopping": (lambda d, g: ConsensusHopping(rastrigin, normal(d, 2, 3), particles=9, generator=g), {
+        "objective": rastrigin, "some_nan": "skips", "with_objective": lambda f: ConsensusHopping(
+            f, normal(torch.float64, 2, 3), particles=9, generator=torch.Generator().manual_seed(0))}),
+    "DifferenceDescent": (lambda d, g: DifferenceDescent(rastrigin, normal(d, 2, 3), sigma=1.0, generator=g), {
+        "objective": rastrigin, "some_nan": "skips", "with_objective": lambda f: DifferenceDescent(
+            f, normal(torch.float64, 2, 3))}),
+    "CBOTrainer": (cbo_trainer, {}),
 }  # fmt: skip
 
 

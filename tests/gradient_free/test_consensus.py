@@ -140,7 +140,7 @@ def test_translation_and_permutation_go_through_a_step(noise: str) -> None:
     energy, order = x.square().sum(-1), torch.randperm(8, generator=torch.Generator().manual_seed(2))
 
     def move(points: Tensor, values: Tensor, noise_: Tensor) -> Tensor:
-        c = consensus_point(points, values, 2.0)
+        c = consensus_point(points, values, 2.0)[None]
         return consensus_step(points, c, noise_, lam=1.0, dt=0.1, sigma=0.8, noise=noise)  # type: ignore[arg-type]
 
     moved = move(x, energy, xi)

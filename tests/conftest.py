@@ -24,6 +24,7 @@ CHECKED = (
     "steepest.data",
     "steepest.minimize",
     "steepest.dynamics",
+    "steepest.gradient_free",
 )
 
 

@@ -32,7 +32,19 @@ from steepest.gradient_free import (
     EvolutionStrategy,
     rastrigin,
 )
-from steepest.inference import DiagonalVI, FullCovarianceVI, IsotropicMixture, MeanFieldMixture, MeanFieldVI, MixtureVI
+from steepest.inference import (
+    DiagonalVI,
+    FullCovarianceVI,
+    IsotropicMixture,
+    MeanFieldMixture,
+    MeanFieldVI,
+    MixtureVI,
+    SingleIndex,
+    SmoothedSGD,
+    SphericalAscent,
+    SphericalLangevin,
+    SphericalSGD,
+)
 from steepest.inference.variances import VARIANCES, Variance
 from steepest.loop import Resumable, check_stepper, stepper_checks
 from steepest.minimize import ggnc, s3cg, steepest_descent, ucg
@@ -96,7 +108,6 @@ SEPARATOR: dict[str, Any] = {"not_separable": "ignore", "lr": 0.3}
 DOUBLE: dict[str, Any] = {"dtypes": (torch.float64,)}  # computed in float64 whatever comes in
 
 
-
 def swarm(function: Any, dtype: torch.dtype, generator: torch.Generator, **options: Any) -> ConsensusBased:
     return ConsensusBased(function, normal(dtype, 2, 8, 3), sigma=0.7, dt=0.1, generator=generator, **options)
 
@@ -107,6 +118,14 @@ def cbo_trainer(dtype: torch.dtype, generator: torch.Generator) -> CBOTrainer:
     return CBOTrainer(
         model, torch.nn.functional.cross_entropy, data, particles=8, batch_size=4, reduce=True, generator=generator
     )
+
+
+def _along(theta: Tensor) -> Tensor:
+    return theta**2 + 0.5
+
+
+def index_model(dtype: torch.dtype) -> SingleIndex:
+    return SingleIndex(4, 3, 30, 0.1, _seeded(), dtype=dtype)
 
 
 # name: (make(dtype, generator), options of `StepperCase`)
@@ -163,6 +182,16 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "objective": rastrigin, "some_nan": "skips", "with_objective": lambda f: DifferenceDescent(
             f, normal(torch.float64, 2, 3))}),
     "CBOTrainer": (cbo_trainer, {}),
+    "SphericalLangevin": (lambda d, g: SphericalLangevin(_along, d=4, chains=5, dtype=d, generator=g), {
+        "with_objective": lambda f: SphericalLangevin(f, d=4, chains=5, dtype=torch.float64, generator=_seeded()),
+        "objective": _along, "some_nan": "raises"}),
+    "SphericalLangevin, batch": (
+        lambda d, g: SphericalLangevin(_along, start=normal(d, 2, 3, 5, 4), rank=2, step="geodesic", generator=g), {}),
+    "SphericalSGD": (lambda d, g: SphericalSGD(index_model(d), chains=5, clip=3.0, generator=g), {}),
+    "SmoothedSGD": (lambda d, g: SmoothedSGD(index_model(d), chains=5, generator=g), {}),
+    "SphericalAscent": (lambda d, g: SphericalAscent(_along, lr=0.1, start=normal(d, 5, 4)), {
+        "random": False, "with_objective": lambda f: SphericalAscent(f, lr=0.1, start=normal(torch.float64, 5, 4)),
+        "objective": _along, "some_nan": "raises"}),
 }  # fmt: skip
 
 

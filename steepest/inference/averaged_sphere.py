@@ -191,8 +191,9 @@ class AveragedSphere(Resumable):
             top = vectors[..., 0].to(mean)
             level = 2 * (self.d / (self.chains * self.time * (self.d - 1))).sqrt() / self.d
             gap = ((values[..., 0] - values[..., -1]) / level).to(mean)
-        stronger = gap is None or bool((signal >= gap).all())
-        auto: Literal["first", "second"] = "first" if stronger else "second"
+        # The mean has the sign, too: it comes first where it stands out.
+        clear = gap is None or bool((signal > _CONFIDENT).all()) or bool(((signal >= gap) & (gap <= _CONFIDENT)).all())
+        auto: Literal["first", "second"] = "first" if clear else "second"
         order = auto if self.order == "auto" else self.order
         direction = top if order == "second" else mean / mean.norm(dim=-1, keepdim=True)
         assert direction is not None

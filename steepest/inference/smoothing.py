@@ -137,7 +137,7 @@ class SmoothedSGD(AveragedSphere):
         half = self.samples // 2
         shape = (len(theta), half, self.d)
         z = torch.randn(shape, generator=self.generator, dtype=theta.dtype, device=self.generator.device)
-        z = sphere.tangent(theta.unsqueeze(1), z.to(theta.device))
+        z = sphere.tangent(theta.unsqueeze(1).expand(shape), z.to(theta.device))
         w = (z * unit.unsqueeze(1)).sum(-1) / z.norm(dim=-1)
         return torch.cat([w, -w], dim=-1), theta.new_full((self.samples,), 1 / self.samples)
 

@@ -41,7 +41,8 @@ class SphericalLangevin(AveragedSphere):
         d: the dimension, needed if the problem is a function without attribute ``d``.
         start: first points, shape (*batch, C, d), made unit vectors; None: uniform.
         step: "retraction" or "geodesic".
-        order: which average is the estimate: "first", "second", or "auto", the one that stands out more.
+        order: which average is the estimate: "first", "second", or "auto": the mean if it is three times above its
+            level without drift, else the second moment if that is, else the one that stands out more.
         burn_in: steps that are not averaged; $4 / ((d - 1) h)$ steps forget the start.
         every: average one iterate in so many.
         rank: keep the second moment in a sketch of this rank; None: the full d x d matrix.

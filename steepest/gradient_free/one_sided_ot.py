@@ -216,7 +216,7 @@ class SemiRelaxed:
     """
 
     def __init__(
-        self, lam: float, *, relaxation: float = 1.0, tol: float | None = None, max_iterations: int = 10_000
+        self, lam: float, *, relaxation: float = 1.0, tol: float | None = None, max_iterations: int = 1_000
     ) -> None:
         if isinstance(lam, bool) or not isinstance(lam, int | float) or not lam > 0:
             raise ValueError(f"lam must be positive (lam = 0 is Softmax()), got {lam!r}")

@@ -126,7 +126,7 @@ def barycentric_step(
         weights: W, non-negative.
         radius: r.
     """
-    return x + _displacement(_rotated(rotations, vertices), weights, torch.as_tensor(radius).to(x))
+    return x + _displacement(_rotated(rotations, vertices), weights, torch.as_tensor(radius, dtype=x.dtype, device=x.device))
 
 
 def _rotated(rotations: Tensor, vertices: Tensor) -> Tensor:
@@ -278,8 +278,8 @@ class ParticleMoves(Resumable):
         if self.options.adaptive_radius:
             stuck = self.stagnation >= PATIENCE
             better = known & (mean < self.last_cost) & ~stuck
-            factor = torch.where(stuck, GROW, torch.where(better, SHRINK, 1.0))
-            self.multiplier = (self.multiplier * factor).clamp(*RADIUS_RANGE)
+            grown = torch.where(stuck, self.multiplier * GROW, self.multiplier)
+            self.multiplier = torch.where(better, grown * SHRINK, grown).clamp(*RADIUS_RANGE)
             self.stagnation = torch.where(stuck, 0, self.stagnation)
         self.last_cost = mean
 

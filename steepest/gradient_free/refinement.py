@@ -107,6 +107,6 @@ class QuadraticFit:
         """
         predicted = before[..., 1]
         ratio = (self.centre.double() - before[..., 0]) / torch.where(predicted < 0, predicted, -1.0)
-        factor = torch.where(ratio > 0.75, 1.5, torch.where(ratio < 0.25, 0.5, 1.0))
+        factor = 1 + 0.5 * (ratio > 0.75).double() - 0.5 * (ratio < 0.25).double()
         usable = (predicted < 0) & ratio.isfinite()
         return (multiplier * torch.where(usable, factor, 1.0)).clamp(LEAST, MOST)

@@ -17,6 +17,7 @@ from torch import Tensor
 CHECKED = (
     "steepest.averages",
     "steepest.geometry",
+    "steepest.inference",
     "steepest.curvature",
     "steepest.optim",
     "steepest.models",

@@ -163,12 +163,12 @@ def estimate_from_trace(trace: Float[Tensor, "*shape"]) -> Float[Tensor, "d"]:
     return torch.linalg.eigh((trace + trace.mT) / 2).eigenvectors[:, -1]
 
 
-def overlap(theta: Float[Tensor, "*batch d"], theta_star: Float[Tensor, "d"]) -> Float[Tensor, "*batch"]:
+def overlap(theta: Float[Tensor, "*batch d"], theta_star: Float[Tensor, "*problems d"]) -> Float[Tensor, "*batch"]:
     r"""$\langle \theta, \theta_* \rangle / (|\theta| |\theta_*|)$, with its sign.
 
     Args:
         theta: directions.
-        theta_star: the planted one.
+        theta_star: the planted one, or one for each of them.
     """
     return torch.nn.functional.cosine_similarity(theta, theta_star.to(theta).expand_as(theta), dim=-1)
 

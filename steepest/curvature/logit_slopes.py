@@ -20,6 +20,8 @@ from steepest.curvature.softmax_radius import check_classes
 SlopeMethod = Literal["jvp", "fd"]
 Logits = Callable[[nn.Module, Any], Tensor]
 Direction = Mapping[str, Tensor] | Sequence[Tensor]
+LARGE = 16.0
+"""Differences of logits beyond this lose digits, and are taken over longer steps."""
 
 
 def logit_slopes(
@@ -42,8 +44,8 @@ def logit_slopes(
             names of parameters to tensors (0 for those it leaves out). Of Euclidean norm 1 over all of them together;
             it is brought to that, with a warning, if it is not.
         method: "jvp", forward-mode differentiation, exact to rounding; or "fd", a central difference (two forwards; a
-            relative error of about 1e-3 in float32 where the logits are smooth along it). A model without forward mode
-            falls back to "fd" with a warning.
+            relative error of about 1e-3 in float32 where the logits are smooth along it and at most 1e3). A model
+            without forward mode falls back to "fd" with a warning.
         logits: how to get logits, `logits(model, inputs)`; None: `model(inputs)`.
         fd_step: the step of "fd" in units of v; None: chosen so that the logits change well above rounding.
 
@@ -167,7 +169,7 @@ class LogitFunction:
         tangents = {name: tangent.to(parameters[name].dtype) for name, tangent in tangents.items()}
         length, own = euclidean(tangents.values()), euclidean(parameters[name] for name in tangents)
         epsilon = max(torch.finfo(value.dtype).eps for value in parameters.values())
-        wanted = 3 * epsilon ** (1 / 3)  # change of a gap: far above rounding, far below the radius
+        wanted = wanted_change(epsilon, 0.0)  # of a gap: far above rounding, far below the radius
         alpha = step if step is not None else 1e-4 * max(1.0, own) / length
         most = 0.1 * max(1.0, own) / length
         change = torch.zeros(0)
@@ -178,11 +180,18 @@ class LogitFunction:
                     for sign in (1, -1)
                 )
                 change = check_finite("logits", ahead - behind)
+                wanted = wanted_change(epsilon, float(ahead.abs().max()))
                 gap = float((change.amax(-1) - change.amin(-1)).max()) / 2
                 if step is not None or wanted / 10 <= gap <= 10 * wanted or (gap < wanted and alpha >= most):
                     break
                 alpha = min(most, alpha * min(1e3, max(1e-3, wanted / max(gap, 1e-30))))
         return check_finite("slopes", change.div(2 * alpha))
+
+
+def wanted_change(epsilon: float, size: float, central: bool = True) -> float:
+    """The change of logits of this size at which rounding and curvature weigh about the same in a difference."""
+    relative = epsilon * max(1.0, size / LARGE)
+    return min(1.0, 3 * relative ** (1 / 3) if central else 15 * math.sqrt(relative))
 
 
 class _Through(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from steepest.curvature._blocks import blocks, distance, joined, part
 from steepest.curvature._forward_watch import ForwardWatch, Seen
 from steepest.curvature.logit_slopes import (
+    LARGE,
     LogitFunction,
     Logits,
     check_finite,
@@ -18,12 +19,14 @@ from steepest.curvature.logit_slopes import (
     euclidean,
     map_tensors,
     tensors_in,
+    wanted_change,
 )
 from steepest.curvature.softmax_radius import Reduce, reduce_spreads, spread
 from steepest.curvature.step_radius import StepRadius, checked_temperature, single_number
 
 MeterMethod = Literal["auto", "jvp", "fd"]
 _TRUST_FOR = 64  # measurements until logits of training are compared with those of eval mode again
+_NOISE = 0.002  # relative rounding error of a difference from which "auto" takes the exact derivative
 
 
 class RadiusMeter:
@@ -40,7 +43,8 @@ class RadiusMeter:
         samples: where to measure: a batch (inputs, or a tuple or list whose first element is the inputs), a function
             without arguments that returns one, or None: what the model has last been trained on.
         method: "jvp" is exact to rounding and takes about three forward passes; "fd" is exact to about 1e-3 in
-            float32; "auto" is "jvp" for float64 and "fd" for all else.
+            float32, and less so for logits beyond 1e3; "auto" is "jvp" for float64 and where differences lose their
+            digits, and "fd" for all else.
         temperature: T, where the loss is on z / T.
         reduce: "max" over samples, or a quantile in (0, 1).
         logits: see `logit_slopes`.
@@ -78,6 +82,7 @@ class RadiusMeter:
         self.base_known: bool | None = None  # whether training gives the logits of eval mode; None: not yet compared
         self.since_check = 0
         self.searched = False
+        self.size, self._rounding = 0.0, 0.0  # the largest logit of the last difference, and its relative error
         self._scratch: list[Tensor] = []
         self.set_parameters(parameters)
 
@@ -171,6 +176,8 @@ class RadiusMeter:
         try:
             with self.watch.paused():
                 spreads, length = (self._by_jvp if exact else self._by_difference)(before, length, batches)
+                if self.method == "auto" and not exact and self._rounding > _NOISE:
+                    spreads, length = self._by_jvp([_wide(old) for old in before], length, batches)
             most = reduce_spreads(spreads, self.reduce)  # pyright: ignore[reportArgumentType]
         except FloatingPointError as error:
             if self.group is None:
@@ -250,7 +257,7 @@ class RadiusMeter:
         epsilon = max(torch.finfo(tensor.dtype).eps for tensor in before)
         bases = self._bases(before, batches, epsilon)
         known = all(base is not None for base in bases)
-        wanted = 15 * math.sqrt(epsilon) if known else 3 * epsilon ** (1 / 3)
+        wanted = wanted_change(epsilon, self.size, central=not known)
         limit = max(1.0, euclidean(before)) if not math.isfinite(self.radius) else 0.0
         alpha = wanted * self.radius / (math.pi * self.temperature * length) if not limit else 1e-4 * limit / length
         own, spreads, width = limit, torch.zeros(0), 1.0
@@ -268,6 +275,10 @@ class RadiusMeter:
             spreads = torch.cat([spread(z - (y if y is not None else z)).flatten()
                                  for z, y in zip(ahead, behind, strict=True)])  # fmt: skip
             gap = float(check_finite("logits", spreads).max()) * alpha / width
+            before_size, self.size = self.size, max(float(z.abs().max()) for z in ahead)
+            self._rounding = epsilon * self.size / max(gap, 1e-30)
+            if self.size > 2 * max(before_size, LARGE):
+                wanted = wanted_change(epsilon, self.size, central=not known)
             if wanted / 10 <= gap <= 10 * wanted:
                 break
             own = own or max(1.0, euclidean(before))
@@ -308,6 +319,7 @@ class RadiusMeter:
             "base_known": self.base_known,
             "since_check": self.since_check,
             "searched": self.searched,
+            "size": self.size,
             "logits_module": self.watch.logits_module,
         }
 
@@ -315,7 +327,7 @@ class RadiusMeter:
         """Load what `state_dict` returned; what it lacks begins anew."""
         self.radius = float(state.get("rho", math.inf))
         self.base_known, self.since_check = state.get("base_known"), int(state.get("since_check", 0))
-        self.searched = bool(state.get("searched", False))
+        self.searched, self.size = bool(state.get("searched", False)), float(state.get("size", 0.0))
         self.watch.look_at(str(state.get("logits_module", "")))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class RadiusClip(Optimizer):
         every: measure at every k-th step.
         safety: factor on the limit between measurements.
         method: "jvp" (exact, about three forward passes), "fd" (finite differences: one forward pass more where
-            training has computed the logits, else two), or "auto": "jvp" for float64, "fd" for all else.
+            training has computed the logits, else two), or "auto": "jvp" for float64 and logits of 1e3, else "fd".
         temperature: T, where the loss is on z / T.
         reduce: "max" over samples, or a quantile in (0, 1), which a mislabelled sample cannot own and which guarantees
             nothing for the samples above it.

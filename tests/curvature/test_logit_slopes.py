@@ -219,3 +219,20 @@ def test_step_radius_is_the_length_over_the_radius() -> None:
     shift = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     shift["layers.1.bias"] = torch.full_like(shift["layers.1.bias"], 3.0)  # all logits alike
     assert step_radius(model, X, shift).radius > 1e10
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e3])
+def test_differences_of_large_logits(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    for p in model.parameters():
+        nn.init.normal_(p, generator=generator)
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+    x = torch.randn(32, 4, generator=generator)
+    v = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    length = torch.cat([part.flatten() for part in v]).norm()
+    v = [part / length for part in v]
+    found = logit_slopes(model, x, v, method="fd")
+    exact = logit_slopes(model.double(), x.double(), [part.double() for part in v])
+    assert float((found - exact).abs().max() / exact.abs().max()) < 0.01

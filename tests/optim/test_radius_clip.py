@@ -772,3 +772,21 @@ def test_a_run_under_the_controller_can_branch(on_wrapper: bool) -> None:
     ends = train(branch(run), range(3, 7))
     assert all(torch.equal(a, b) for a, b in zip(here, model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ends, train(run, range(3, 7)), strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e5])
+@pytest.mark.parametrize("given", [False, True])
+def test_large_logits_in_float32_are_measured_right(scale: float, given: bool) -> None:
+    model, x = net(torch.float32), X.float()
+    with torch.no_grad():
+        list(model.parameters())[-2].mul_(scale)
+    clip = RadiusClip(SGD(model.parameters(), lr=1e3), model, samples=x.clone() if given else None)
+    for _ in range(2):
+        before = copy.deepcopy(model).double()
+        clip.zero_grad()
+        cross_entropy(model(x), Y).backward()
+        clip.step()
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    step = [new.detach().double() - old.detach() for new, old in pairs]
+    assert step_radius(before, X, step).ratio == pytest.approx(clip.last_r, rel=0.01)
+    assert clip.clipped_steps == 2

@@ -30,6 +30,8 @@ from steepest.gradient_free import (
     DifferenceDescent,
     EffectiveSampleSize,
     EvolutionStrategy,
+    GreedyFlips,
+    WalkSAT,
     rastrigin,
 )
 from steepest.inference import (
@@ -59,6 +61,8 @@ def ones(dtype: torch.dtype = torch.float64, *shape: int) -> Tensor:
 
 
 VECTOR = Euclidean(event_ndim=1)
+CLAUSES = torch.arange(270).reshape(90, 3) ** 2 % 41 % 20 + 1
+CLAUSES = CLAUSES * (2 * (torch.arange(270).reshape(90, 3) ** 3 % 7 % 2) - 1)
 VALUES: dict[str, Any] = {"objective": quartic, "some_nan": "skips"}
 SMOOTH: dict[str, Any] = {"random": False, "objective": quartic, "some_nan": "raises"}
 
@@ -143,6 +147,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda d, g: EvolutionStrategy(quartic, ones(d), optimizer="adam", shaping="none", generator=g), {}),
     "SPSA": (lambda d, g: SPSA(quartic, ones(d, 2, 3), directions=2, generator=g), {
         **VALUES, "with_objective": lambda f: SPSA(f, ones(), directions=2, generator=_seeded())}),
+    "WalkSAT": (lambda d, g: WalkSAT(CLAUSES, ones(d, 20), flips_per_step=4, generator=g), {}),
+    "GreedyFlips": (lambda d, g: GreedyFlips(CLAUSES, ones(d, 20), flips_per_step=1), {"random": False}),
     "CMAES": (lambda d, g: CMAES(quartic, ones(d), generator=g), {
         **VALUES, "with_objective": lambda f: CMAES(f, ones(), generator=_seeded())}),
     **{

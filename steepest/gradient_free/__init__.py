@@ -20,6 +20,7 @@ from steepest.gradient_free.local_entropy import (
     proximal_point,
 )
 from steepest.gradient_free.maxsat import MaxSat, random_3sat
+from steepest.gradient_free.maxsat_search import GreedyFlips, WalkSAT
 from steepest.gradient_free.network_loss import NetworkLoss
 from steepest.gradient_free.objectives import ackley, grand_canyon3, grand_canyon3_noisy, quadratic, rastrigin
 from steepest.gradient_free.one_sided_ot import Greedy, SemiRelaxed, Softmax, Tempered, TopK, one_sided_ot
@@ -47,6 +48,7 @@ __all__ = [
     "EvolutionStrategy",
     "Full",
     "Greedy",
+    "GreedyFlips",
     "Hybrid",
     "Linear",
     "LowRank",
@@ -61,6 +63,7 @@ __all__ = [
     "SparseProjection",
     "Tempered",
     "TopK",
+    "WalkSAT",
     "ackley",
     "barycentric_step",
     "biased_rotations",

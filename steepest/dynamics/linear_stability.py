@@ -125,8 +125,8 @@ class LinearStability:
         found.samples, found.outputs = gram.shape[0] // outputs, outputs
         found._unit = math.sqrt(float(wide.abs().max())) or 1.0
         wide = wide / found._unit / found._unit
-        if float((wide - wide.mT).abs().max()) > 1e-4 or float(wide.diagonal().min()) < 0:
-            raise ValueError("gram must be a symmetric matrix of inner products of gradients; it is not")
+        if float((wide - wide.mT).abs().max()) > 1e-4:
+            raise ValueError("gram must be a symmetric matrix of inner products of gradients; it is not symmetric")
         found._decompose((wide + wide.mT) / 2, None, tol)
         return found
 
@@ -134,6 +134,8 @@ class LinearStability:
         if not (isinstance(tol, int | float) and 0 <= tol < 1):
             raise ValueError(f"tol must lie in [0, 1), got {tol!r}")
         values, vectors = torch.linalg.eigh(small)
+        if float(values[0]) < -1e-4 * float(values[-1]):
+            raise ValueError("gram must hold inner products of gradients; it has negative eigenvalues")
         keep = values > max(tol * float(values[-1]), 0.0)
         values, vectors = values[keep].flip(0), vectors[:, keep].flip(1)
         z = vectors * values.sqrt() if rows is None else rows @ vectors
@@ -317,11 +319,10 @@ class LinearStability:
         Raises:
             ValueError: residuals of another shape, not finite, or all zero; or all gradients are zero.
         """
-        if residuals.shape not in {(self.samples, self.outputs), (self.samples,) * (self.outputs == 1)}:
-            raise ValueError(
-                f"residuals must be of shape ({self.samples}, {self.outputs}), got {tuple(residuals.shape)}"
-            )
-        e = residuals.detach().double().reshape(self.samples, self.outputs, 1).to(self._z.device)
+        n, k = self.samples, self.outputs
+        if residuals.shape not in {(n, k), (n,) * (k == 1)}:
+            raise ValueError(f"residuals must be of shape ({n}, {k}), got {tuple(residuals.shape)}")
+        e = residuals.detach().double().reshape(n, k, 1).to(self._z.device)
         size = float(e.abs().max())
         if not 0 < size < math.inf or not self.rank:
             raise ValueError(
@@ -331,7 +332,7 @@ class LinearStability:
         gradients = (self._z * e).sum(1)
         mean = gradients.mean(0)
         noise = (gradients.square() @ self._g).mean() - mean.square() @ self._g
-        loss = e.square().sum() / (2 * self.samples)
+        loss = e.square().sum() / (2 * n)
         return float(noise / (2 * loss)) / self._frobenius**2
 
     def frobenius_bound(self, batch_size: int | None = 1, replacement: bool = True, *, alignment: float = 1.0) -> float:

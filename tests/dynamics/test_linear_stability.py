@@ -321,6 +321,9 @@ def test_bad_input() -> None:
         LinearStability.of_gram(torch.tensor([[1.0, 2.0], [-2.0, 1.0]]))
     with pytest.raises(ValueError, match="multiple of outputs = 2"):
         LinearStability.of_gram(torch.eye(3), outputs=2)
+    for indefinite in ([[1.0, 2.0], [2.0, 1.0]], [[-1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]):
+        with pytest.raises(ValueError, match="inner products"):
+            LinearStability.of_gram(torch.tensor(indefinite))
     with pytest.raises(ValueError, match="residuals must be of shape"):
         LinearStability(SMALL).alignment(torch.ones(2))
     with pytest.raises(ValueError, match="not all zero"):

@@ -1,7 +1,7 @@
 """The methods a race knows: how each is built, and where its learning rate is looked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -69,6 +69,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "clipped_scion": (2e-3, 2e-1),
         "normalized": (1e-2, 1.0),
         "symmetry_stack": (1e-3, 1e-1),
+        "ivon": (0.1, 10.0),
     }
 )
 """Where a race begins to look: two decades for every method, so that the same number of trials means the same care."""
@@ -82,16 +83,19 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """The methods of `steepest.optim.build`."""
 
 
-def get_methods(names: tuple[str, ...], lr_ranges: Mapping[str, tuple[float, float]]) -> list[Method]:
+def get_methods(names: tuple[str, ...], lr_ranges: Mapping[str, tuple[float, float]], task: Any = None) -> list[Method]:
     """The methods of these names, with the user's learning-rate ranges.
 
     A name of the form `path/to/file.py:function` is a function of the user's, `function(model, lr) -> Optimizer`; its
-    range is given by the user or is the function's attribute `lr_range`.
+    range is given by the user or is the function's attribute `lr_range`. IVON learns the size of the training data from
+    the attribute `examples` of the task, if there is one.
 
     Raises:
         RaceError: a name is unknown, or a user's function cannot be loaded or has no range.
     """
-    return [_get(name, lr_ranges.get(name)) for name in names]
+    found = [_get(name, lr_ranges.get(name)) for name in names]
+    size = getattr(task, "examples", None)
+    return [replace(m, options={"ess": float(size)}) if size and m.name == "ivon" else m for m in found]
 
 
 def _get(name: str, bounds: tuple[float, float] | None) -> Method:

@@ -46,7 +46,7 @@ def join(settings: RaceSettings, store: RaceStore, device: torch.device, say: An
     from steepest.lab.check import check_task
 
     task = load_task(settings.task, batch=settings.batch, data=settings.data, balance=settings.balance)
-    methods = get_methods(settings.methods, settings.lr_ranges)
+    methods = get_methods(settings.methods, settings.lr_ranges, task)
     identity = settings.identity(device.type)
     if store.exists():
         attributes = store.attributes()

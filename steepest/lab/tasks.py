@@ -18,7 +18,8 @@ class Task(Protocol):
     """What a race needs of a task; no base class is needed.
 
     `batches("train", seed)` may be endless, or is begun again when it ends; `batches("val", seed)` ends, and gives the
-    same each time. Optional: `name`, and `metrics(model, batch) -> dict[str, float]`, averaged over validation.
+    same each time. Optional: `name`; `metrics(model, batch) -> dict[str, float]`, averaged over validation; `examples`,
+    how many terms of the loss (images, tokens) there are in all training data, for methods that ask.
     """
 
     def model(self, seed: int) -> nn.Module:
@@ -88,6 +89,11 @@ class Text:
         return self.batch * self.context
 
     @property
+    def examples(self) -> int:
+        """Tokens to learn from."""
+        return len(self.corpus.train)
+
+    @property
     def description(self) -> str:
         """One sentence for the report."""
         strength = "" if self.balance_strength is None else f" of strength {self.balance_strength:g}"
@@ -151,6 +157,11 @@ class DigitImages:
         from steepest.data import digits
 
         return digits(flat=True)
+
+    @property
+    def examples(self) -> int:
+        """Images to learn from."""
+        return len(self.data.train_y)
 
     def model(self, seed: int) -> nn.Module:
         """A perceptron with two hidden layers."""

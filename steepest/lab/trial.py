@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from steepest.lab.batches import Feed, count_examples, to_device
 from steepest.lab.machine import peak_memory, reset_peak_memory
 from steepest.lab.methods import Method
 from steepest.lab.plan import TrialKey
+from steepest.lab.settings import RaceError
 from steepest.lab.streams import RandomStream
 from steepest.lab.watch import Watch
 
@@ -73,6 +74,8 @@ class TrainingTrial:
         with self.stream:
             self.model = task.model(key.seed).to(device)
             self.optimizer = method.build(self.model, key.lr)
+        if clip is not None and getattr(self.optimizer, "closure_only", False):
+            raise RaceError(f"clip does not apply to {method.name}: its gradient is taken within the step")
         self.feed = Feed(task, key.seed)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -107,22 +110,22 @@ class TrainingTrial:
         factor = schedule(self.step_count, self.steps)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        with self.stream:
-            self.model.train()
-            self.optimizer.zero_grad(set_to_none=True)
-            for _ in range(getattr(self.optimizer, "samples", 1)):
-                with self._sampled():
-                    with self._precision():
-                        loss = self.task.loss(self.model, batch)
-                    loss.backward()
-        if self.clip is not None:
+        inside = getattr(self.optimizer, "closure_only", False)  # the gradient is taken within the step
+        loss = torch.zeros((), device=self.device)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(0 if inside else getattr(self.optimizer, "samples", 1)):
+            with self.stream, self._sampled():
+                loss = self._loss(batch)
+                loss.backward()
+        if self.clip is not None and not inside:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
             return self._diverge(f"the training loss was {loss.item()} at step {number}", loss)
         if timed or marked:
             self._wait()
         looked = time.perf_counter()
-        norm = grad_norm(self.parameters) if marked else None
+        norm = grad_norm(self.parameters) if marked and not inside else None
         copies = self.dynamics.before() if observed else None
         if self.watch is not None:
             self.watch.before(number)
@@ -131,8 +134,14 @@ class TrainingTrial:
         before = time.perf_counter()
         begin += before - looked  # looking is not part of the step
         try:
-            self.optimizer.step()
-        except Exception:
+            if inside:
+                with self.stream:
+                    loss = cast(Any, self.optimizer).step(lambda: self._loss(batch))
+            else:
+                self.optimizer.step()
+        except Exception as error:
+            if inside and isinstance(error, FloatingPointError):
+                return self._diverge(f"the step was not finite at step {number}: {error}", loss)
             if math.isfinite(float(grad_norm(self.parameters))):
                 raise
             return self._diverge(f"a gradient was not finite at step {number}", loss)
@@ -151,7 +160,7 @@ class TrainingTrial:
         self.window[0] = self.window[0] + loss.detach()
         self.window[1] += 1
         if marked:
-            self._mark(number, factor, norm)
+            self._mark(number, factor, grad_norm(self.parameters) if inside else norm)
         if number in self.rungs and self.stopped is None:
             self._validate()
         return {"loss": loss.detach()}
@@ -251,6 +260,10 @@ class TrainingTrial:
             self.stopped = ("diverged", f"the validation loss was {loss} at step {self.step_count}")
         elif self.prune is not None and (reason := self.prune(self.val["step"], self.val["loss"])):  # type: ignore[arg-type]
             self.stopped = ("pruned", reason)
+
+    def _loss(self, batch: Any) -> Tensor:
+        with self._precision():
+            return self.task.loss(self.model, batch)
 
     def _sampled(self) -> Any:
         """Where an optimizer that learns at noisy weights, such as `steepest.optim.IVON`, wants its gradients."""

@@ -192,13 +192,13 @@ def open_bench(settings: RaceSettings, store: RaceStore, attributes: dict[str, A
     """A worker's bench, from the settings and from what the race's storage holds."""
     from steepest.lab.start import find_device, plan_settings
 
+    if task is None:
+        task = load_task(settings.task, batch=settings.batch, data=settings.data, balance=settings.balance)
     return Bench(
         settings=settings,
         store=store,
-        task=load_task(settings.task, batch=settings.batch, data=settings.data, balance=settings.balance)
-        if task is None
-        else task,
-        methods={method.name: method for method in get_methods(settings.methods, settings.lr_ranges)},
+        task=task,
+        methods={method.name: method for method in get_methods(settings.methods, settings.lr_ranges, task)},
         plan=plan_settings(attributes),
         steps=int(attributes["steps"]),
         race_id=str(attributes["id"]),

@@ -50,7 +50,7 @@ def build(
 
     | method | hidden matrices | embeddings, head | router | norms, biases, scalars |
     |---|---|---|---|---|
-    | "adamw", "sgd", "sign", "normalized" | the method | the method | the method | the method |
+    | "adamw", "sgd", "sign", "normalized", "ivon", "dal" | the method | the method | the method | the method |
     | "muon", "drop_muon" | Muon | AdamW | AdamW | AdamW |
     | "symmetry_stack" | Muon, per head | unit rows, centred unit rows | centred spectral | AdamW |
     | "scion", "clipped_scion" | it, spectral | it, sign | it, spectral | it, RMS |
@@ -77,7 +77,9 @@ def build(
             `lr` for adjust_lr_fn="match_rms_adamw" (the default here: updates have the size of AdamW's, so that one
             learning rate serves both and rates of AdamW carry over), and 0.15 `lr` for the other scalings. "scion":
             `momentum`, `constrained`, `preset`, `radii`; "clipped_scion": these, `clip` and `short_step`. "drop_muon":
-            those of "muon", `sampler`, `layers`, `generator` (`steepest.optim.RandomLayers`).
+            those of "muon", `sampler`, `layers`, `generator` (`steepest.optim.RandomLayers`). "ivon" takes gradients in
+            `with optimizer.sampled_params(train=True):` blocks, and `ess` is the size of the training data. "dal" steps
+            with a closure, `optimizer.step(lambda: loss_fn(model(x), y))`, and `lr` is its `factor`.
 
     Returns:
         A `torch.optim.Optimizer`: torch's own for "adamw" and "sgd", the engine's for "sign" and "normalized", a

@@ -90,6 +90,8 @@ class DAL(Optimizer):
         >>> loss = optimizer.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
     """
 
+    closure_only = True  # what a loop that serves several optimizers may ask
+
     def __init__(
         self,
         params: ParamsT,

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from steepest.lab.batches import Feed, count_examples, to_device
-from steepest.lab.methods import METHODS, Method
+from steepest.lab.methods import METHODS, Method, get_methods
 from steepest.lab.plan import TUNE, TrialKey
+from steepest.lab.settings import RaceError
 from steepest.lab.streams import RandomStream
 from steepest.lab.tasks import load_task
 from steepest.lab.trial import TrainingTrial, evaluate, schedule
@@ -94,6 +95,50 @@ def test_an_optimizer_that_samples_its_parameters_races_and_resumes(samples):
     resumed.load_state_dict(half.state_dict())
     assert plain(go(resumed, 3).result()) == plain(whole.result())
     assert all(bool(p.isfinite().all()) for p in whole.model.parameters())
+
+
+def test_ivon_learns_the_size_of_the_data_from_the_task():
+    task = load_task("digits", batch=32)
+    (method,) = get_methods(("ivon",), {}, task)
+    assert task.examples == len(task.data.train_y) == 1437
+    assert "ess=1437.0" in method.snippet("0.3") and "ess" not in get_methods(("ivon",), {}, Noisy())[0].options
+    one = go(trial(task, method, lr=0.3), 20)
+    assert one.optimizer.param_groups[0]["ess"] == 1437
+    assert one.result()["value"] < one.result()["val"]["loss"][0] - 0.2
+    text = load_task("text")
+    assert text.examples == len(text.corpus.train)
+
+
+class Smooth(Noisy):
+    def loss(self, model, batch):
+        return (model(batch[0]) - batch[0].sum(1, keepdim=True).sin()).square().mean()
+
+
+def test_dal_races_with_a_closure_and_resumes():
+    method = METHODS["dal"]
+    whole = go(trial(Smooth(), method, lr=0.2, watched=2), 20)
+    half = go(trial(Smooth(), method, lr=0.2, watched=2), 7)
+    file = io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    resumed = trial(Smooth(), method, lr=0.2, watched=2)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    found = whole.result()
+    assert plain(go(resumed, 13).result()) == plain(found)
+    assert found["state"] == "complete" and found["value"] < found["val"]["loss"][0]
+    assert min(found["curve"]["grad_norm"]) > 0 and found["stability"]["edge"][0] > 0
+    assert found["stability"]["lr"][0] != found["curve"]["lr"][9]  # the rate that it chose
+    with pytest.raises(RaceError, match="clip does not apply to dal"):
+        trial(Smooth(), method, clip=1.0)
+
+    class Bad(Smooth):
+        def loss(self, model, batch):
+            return super().loss(model, batch) * math.nan
+
+    worst = trial(Bad(), method)
+    worst.val["step"].append(0)
+    go(worst, 1)
+    assert worst.result()["state"] == "diverged" and "not finite at step 1" in worst.result()["reason"]
 
 
 def test_the_loop_resumes_it_from_its_file(tmp_path):

@@ -1,6 +1,7 @@
 import copy
 import io
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from torch.optim import lr_scheduler
 from steepest.geometry import polar
 from steepest.models import GPT, MLP, GPTConfig, ResNet
 from steepest.optim.build import build, methods, recipe
+from steepest.optim.dal import DAL
 from steepest.optim.engine import SteepestDescent
+from steepest.optim.ivon import IVON
 from steepest.optim.mixed import Mixed
 from steepest.optim.roles import Role, roles
 from steepest.optim.scion_presets import SCION_RADII
@@ -35,8 +38,12 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) 
     loss = torch.zeros(())
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
+        if isinstance(optimizer, DAL):
+            loss = optimizer.step(lambda: loss_of(model))
+            continue
+        with optimizer.sampled_params(train=True) if isinstance(optimizer, IVON) else nullcontext():
+            loss = loss_of(model)
+            loss.backward()
         optimizer.step()
     return loss.item()
 
@@ -325,7 +332,7 @@ def test_torch_optimizers_come_plain():
 
 
 def test_recipes_are_open():
-    expected = "adamw sgd sign muon drop_muon freon kaon scion clipped_scion symmetry_stack normalized"
+    expected = "adamw sgd sign muon drop_muon freon kaon scion clipped_scion symmetry_stack normalized ivon dal"
     assert methods() == tuple(expected.split())
     mine = replace(recipe("sgd"), name="mine", lr=0.25)
     assert build(gpt(), mine).param_groups[0]["lr"] == 0.25

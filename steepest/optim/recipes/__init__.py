@@ -7,6 +7,7 @@ from types import MappingProxyType
 from torch.optim import Optimizer
 
 from steepest.optim.drop_muon import drop_muon
+from steepest.optim.recipes._evaluated import dal, ivon
 from steepest.optim.recipes._everywhere import adamw, normalized, sgd, sign
 from steepest.optim.recipes._hidden import freon, kaon, muon
 from steepest.optim.recipes._members import Member, groups, layout_of
@@ -131,6 +132,22 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 0.01,
                 (1e-3, 0.3),
                 normalized,
+            ),
+            Recipe(
+                "ivon",
+                "IVON",
+                "Learns a Gaussian of the weights: gradients at noisy weights, scaled by the curvature they show.",
+                0.3,
+                (3e-2, 10.0),
+                ivon,
+            ),
+            Recipe(
+                "dal",
+                "DAL",
+                "Gradient descent at the rate at which a step's drift is as long as the step, times a factor (the lr).",
+                0.2,
+                (0.02, 2.0),
+                dal,
             ),
         )
     }

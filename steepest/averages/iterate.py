@@ -60,6 +60,7 @@ class IterateAverage:
 
     Attributes:
         seen: iterates given to `update`.
+        counted: iterates that were ever in the average.
         count: iterates in the average.
         samples: points in the average: iterates times samples.
         skipped: iterates left out because they were not finite.
@@ -144,7 +145,7 @@ class IterateAverage:
 
     def reset(self) -> None:
         """Forget all iterates."""
-        self.seen = self.skipped = self._counted = 0
+        self.seen = self.skipped = self.counted = 0
         self._layout: Layout | None = None
         self._blocks: list[Block] = []
         self._stored: list[list[Tensor]] = []
@@ -189,7 +190,7 @@ class IterateAverage:
         self._layout = layout
         self.seen += 1
         if counts:
-            self._counted += 1
+            self.counted += 1
             self._add(layout, tensors, decay)
 
     def value(self, dtype: torch.dtype | None = None) -> Any:
@@ -272,7 +273,7 @@ class IterateAverage:
             "kind": self.kind,
             "seen": self.seen,
             "skipped": self.skipped,
-            "counted": self._counted,
+            "counted": self.counted,
             "structure": None if self._layout is None else self._layout.structure.state(),
             "blocks": [block.state_dict() for block in self._blocks],
             "block_size": self._block_size,
@@ -306,7 +307,7 @@ class IterateAverage:
         if self._sketch is not None:
             self._sketch.load_state_dict(state["sketch"])
         self._layout, self._blocks, self._stored = layout, blocks, stored
-        self.seen, self.skipped, self._counted = (int(state[name]) for name in ("seen", "skipped", "counted"))
+        self.seen, self.skipped, self.counted = (int(state[name]) for name in ("seen", "skipped", "counted"))
         self._block_size = int(state["block_size"])
 
     def _known(self) -> Layout:
@@ -359,7 +360,7 @@ class IterateAverage:
 
     def _trim(self) -> None:
         """Drop blocks before the suffix; when there are too many, join them two by two."""
-        needed = math.ceil(self.fraction * self._counted - 1e-9)
+        needed = math.ceil(self.fraction * self.counted - 1e-9)
         while len(self._blocks) > 1 and self.count - self._blocks[0].count >= needed:
             del self._blocks[0]
         full = self._blocks[-1].count >= self._block_size

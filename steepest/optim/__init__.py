@@ -59,6 +59,7 @@ from steepest.optim.sign import SignDescent
 from steepest.optim.step_rules import Clip, Joint, Sharp, StepRule, Unit
 from steepest.optim.symmetry import SymmetryStack, symmetry_groups
 from steepest.optim.variational_sgd import VariationalSGD
+from steepest.optim.weight_average import WeightAverage
 
 __all__ = [
     "DAL",
@@ -113,6 +114,7 @@ __all__ = [
     "Uniform",
     "Unit",
     "VariationalSGD",
+    "WeightAverage",
     "ball_ratios",
     "branch_points",
     "build",

@@ -1,13 +1,14 @@
 """The losses of candidates that differ in few parameters of a network: what `PolyStep` calls."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steepest.nn.population import Inputs, Population, _mode, _same_numbers
+from steepest.nn.population import Inputs, Population, _mode
 
 
 @runtime_checkable
@@ -63,12 +64,16 @@ class NetworkLoss:
 
 
 class BatchLoss:
-    """`NetworkLoss` on one minibatch: a closure for `PolyStep`, or a function of named candidates."""
+    """`NetworkLoss` on one minibatch: a closure for `PolyStep`, or a function of named candidates.
+
+    All calls use the same random numbers (the dropout mask); another ``on(...)`` draws others.
+    """
 
     def __init__(self, network: NetworkLoss, inputs: Inputs, targets: Any) -> None:
         self.network, self.inputs, self.targets = network, inputs, targets
         samples = inputs.shape[0] if isinstance(inputs, Tensor) and inputs.ndim else 1
         shapes = network.population.shapes
+        self._numbers: tuple[Tensor, Tensor | None] | None = None
         self.load = samples * max((shape[0] for shape in shapes if shape), default=1)
 
     def __call__(self, weights: Mapping[str, Float[Tensor, "b ..."]]) -> Float[Tensor, " b"]:
@@ -81,14 +86,37 @@ class BatchLoss:
     def changed(self, tables: Mapping[int, Tensor]) -> Float[Tensor, " b"]:
         """See `TakesChanges`."""
         population = self.network.population
-        model, forward = population.model, population._forward
-        like = next(iter(tables.values()))
-        with torch.no_grad(), _mode(model, population.train), _same_numbers(like) as again:
-            again()
+        forward = population._forward
+        with torch.no_grad(), _mode(population.model, population.train), self._same_numbers(tables):
             outputs = forward(tables, self.inputs)
             if _plain_cross_entropy(self.network.loss_fn, outputs, self.targets):
                 return batched_cross_entropy(outputs, self.targets)
             return forward.losses(self.network.loss_fn, outputs, self.targets)
+
+    @contextmanager
+    def _same_numbers(self, tables: Mapping[int, Tensor]) -> Iterator[None]:
+        """Every call sees torch's random numbers as the first did, and only the first uses them up."""
+        device = next(iter(tables.values())).device
+        before = _random_state(device)
+        if self._numbers is None:
+            self._numbers = before
+            yield
+            return
+        _set_random_state(device, self._numbers)
+        try:
+            yield
+        finally:
+            _set_random_state(device, before)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _plain_cross_entropy(loss_fn: Any, outputs: Any, targets: Any) -> bool:

@@ -121,8 +121,7 @@ class LinearStability:
             )
         wide = gram.detach().double()
         found = cls.__new__(cls)
-        found._jacobian = None
-        found.samples, found.outputs = gram.shape[0] // outputs, outputs
+        found._jacobian, found.samples, found.outputs = None, gram.shape[0] // outputs, outputs
         found._unit = math.sqrt(float(wide.abs().max())) or 1.0
         wide = wide / found._unit / found._unit
         if float((wide - wide.mT).abs().max()) > 1e-4:

@@ -25,6 +25,7 @@ CHECKED = (
     "steepest.data",
     "steepest.minimize",
     "steepest.dynamics",
+    "steepest.transport",
     "steepest.gradient_free",
 )
 

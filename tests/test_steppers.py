@@ -50,6 +50,7 @@ from steepest.inference import (
 from steepest.inference.variances import VARIANCES, Variance
 from steepest.loop import Resumable, check_stepper, stepper_checks
 from steepest.minimize import ggnc, s3cg, steepest_descent, ucg
+from steepest.transport import DenseNewton, Sinkhorn, SinkhornNewton
 
 
 def quartic(x: Tensor) -> Tensor:
@@ -58,6 +59,10 @@ def quartic(x: Tensor) -> Tensor:
 
 def ones(dtype: torch.dtype = torch.float64, *shape: int) -> Tensor:
     return torch.ones(shape or (3,), dtype=dtype)
+
+
+def costs(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
 VECTOR = Euclidean(event_ndim=1)
@@ -198,6 +203,12 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SphericalAscent": (lambda d, g: SphericalAscent(_along, lr=0.1, start=normal(d, 5, 4)), {
         "random": False, "with_objective": lambda f: SphericalAscent(f, lr=0.1, start=normal(torch.float64, 5, 4)),
         "objective": _along, "some_nan": "raises"}),
+    "Sinkhorn": (lambda d, g: Sinkhorn(costs(d, 2, 5, 4), None, None, 9.0), {"random": False}),
+    "SinkhornNewton": (
+        lambda d, g: SinkhornNewton(costs(d, 12, 9), None, None, 300.0, n_sinkhorn=3), {"random": False, "steps": 16}),
+    "DenseNewton": (
+        lambda d, g: DenseNewton(costs(d, 2, 12, 9), None, None, 300.0, n_sinkhorn=3),
+        {"random": False, "steps": 16}),
 }  # fmt: skip
 
 

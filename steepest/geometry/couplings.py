@@ -39,7 +39,7 @@ def column_log_sums(
 def row_potential(
     C: Float[Tensor, "*#batch n m"], y: Float[Tensor, "*#batch m"], log_r: Float[Tensor, "*#batch n"], eta: float
 ) -> Float[Tensor, "*batch n"]:
-    r"""The x for which the plan has the row sums r: $x_i = (\log r_i + 1 - \log \sum_j e^{\eta (y_j - C_{ij})}) / \eta$.
+    r"""The x for which the plan has row sums r: $x_i = (\log r_i + 1 - \log \sum_j e^{\eta (y_j - C_{ij})}) / \eta$.
 
     Args:
         C: costs.

@@ -147,6 +147,26 @@ class Population:
         """`losses` as a function of the weights alone, (..., N, d) to (..., N): what a search minimises."""
         return lambda weights: self.losses(weights, loss_fn, inputs, targets)
 
+    def bind(self, weights: Float[Tensor, "b d"]) -> Callable[[Tensor], Tensor]:
+        """The network with these candidates for many calls, such as a rollout: inputs (b, ...) to outputs (b, ...).
+
+        Each candidate has its own input. The candidates are cut into parameters once, and are not worked through in
+        chunks.
+
+        Raises:
+            ValueError: `weights` does not end in d; in a call, the input does not lead with b.
+        """
+        count = self._checked(weights)
+        tables = self._tables(weights, 0, count)
+
+        def call(inputs: Tensor) -> Tensor:
+            if inputs.ndim < 1 or len(inputs) != count:
+                raise ValueError(f"inputs must lead with {count}, one for each candidate, got {tuple(inputs.shape)}")
+            with torch.no_grad(), _mode(self.model, self.train):
+                return self._forward(tables, inputs, False)
+
+        return call
+
     def _checked(self, weights: Tensor | Changes) -> int:
         """The number of candidates."""
         if isinstance(weights, Mapping):

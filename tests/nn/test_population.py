@@ -388,6 +388,19 @@ def test_each_candidate_its_own_input() -> None:
         population.outputs(weights, own[:4], shared=False)
 
 
+def test_bound_networks_take_many_inputs() -> None:
+    model = MODELS["mlp"]()[0].to(D)
+    population = Population(model)
+    weights = population.vector() + 0.5 * normal(5, population.size)
+    net = population.bind(weights)
+    for seed in range(2):
+        own = normal(5, 7, 6, seed=seed)
+        torch.testing.assert_close(net(own), population.outputs(weights, own, shared=False))
+    assert model.training
+    with pytest.raises(ValueError, match=r"inputs must lead with 5, one for each candidate, got \(7, 6\)"):
+        net(normal(7, 6))
+
+
 def test_changes_that_do_not_fit() -> None:
     population, x = Population(nn.Linear(3, 2)), torch.ones(1, 3)
     with pytest.raises(ValueError, match="'head' is not one of the parameters searched: weight, bias"):

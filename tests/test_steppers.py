@@ -31,6 +31,7 @@ from steepest.gradient_free import (
     EffectiveSampleSize,
     EvolutionStrategy,
     GreedyFlips,
+    PolyStepSearch,
     WalkSAT,
     rastrigin,
 )
@@ -152,6 +153,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda d, g: EvolutionStrategy(quartic, ones(d), optimizer="adam", shaping="none", generator=g), {}),
     "SPSA": (lambda d, g: SPSA(quartic, ones(d, 2, 3), directions=2, generator=g), {
         **VALUES, "with_objective": lambda f: SPSA(f, ones(), directions=2, generator=_seeded())}),
+    "PolyStepSearch": (lambda d, g: PolyStepSearch(quartic, ones(d, 2, 3), particle_dim=2, momentum=0.5, generator=g), {
+        **VALUES, "all_nan": "skips", "with_objective": lambda f: PolyStepSearch(f, ones(), generator=_seeded())}),
+    "PolyStepSearch, all options": (lambda d, g: PolyStepSearch(
+        quartic, ones(d, 5), particle_dim=2, coast=1, jitter=0.05, biased_rotation=True, adaptive_radius=True,
+        solver="sinkhorn", probes=2, refinement="newton", generator=g), {}),
     "WalkSAT": (lambda d, g: WalkSAT(CLAUSES, ones(d, 20), flips_per_step=4, generator=g), {}),
     "GreedyFlips": (lambda d, g: GreedyFlips(CLAUSES, ones(d, 20), flips_per_step=1), {"random": False}),
     "CMAES": (lambda d, g: CMAES(quartic, ones(d), generator=g), {

@@ -92,10 +92,11 @@ class MaxSat:
         """
         if x.shape[-1] != self.variables:
             raise ValueError(f"points must have the shape (..., {self.variables}), got {tuple(x.shape)}")
-        missed = torch.ones(*x.shape[:-1], len(self.clauses), dtype=torch.bool, device=x.device)
+        bits = (x > 0).reshape(-1, self.variables).mT.contiguous()  # rows of all points: gathers read whole rows
+        missed = torch.ones(len(self.clauses), bits.shape[1], dtype=torch.bool, device=x.device)
         for place in range(self.clauses.shape[1]):
-            missed &= (x[..., self._variable[:, place]] > 0) != self._positive[:, place]
-        return self._total(missed, x)
+            missed &= bits[self._variable[:, place]] != self._positive[:, place, None]
+        return self._total(missed.mT.reshape(*x.shape[:-1], -1), x)
 
     def _total(self, missed: Bool[Tensor, "*b m"], like: Tensor) -> Tensor:
         count = missed.sum(-1) if self.weights is None else (missed * self.weights.to(like)).sum(-1)

@@ -19,15 +19,15 @@ MAX_GRID = 3  # dimensions of a tensor grid
 class Nodes:
     r"""Points z and weights w with $E f(Z) \approx \sum_b w_b f(z_b)$, for N components at once.
 
-    ========================  ===============================================================================
-    ``"fresh"``               new noise for each component at each call
-    ``"common"``              new noise at each call, the same for all components (common random numbers)
-    ``"frozen"``              one draw for the whole run: the objective is a fixed function
-    ``"antithetic"``          new noise in pairs z, -z: odd functions have no error
-    ``"cubature"``            $\pm \sqrt d\, e_j$, 2 d points: exact for polynomials of degree 3
-    ``"gauss_hermite"``       the tensor grid of `samples` Gauss-Hermite nodes an axis, for d of at most 3
-    a tensor (B, d)           these points, for all components; (N, B, d): for each its own
-    ========================  ===============================================================================
+    | estimator | points |
+    | --- | --- |
+    | ``"fresh"`` | new noise for each component at each call |
+    | ``"common"`` | new noise at each call, the same for all components (common random numbers) |
+    | ``"frozen"`` | one draw for the whole run: the objective is a fixed function |
+    | ``"antithetic"`` | new noise in pairs z, -z: odd functions have no error |
+    | ``"cubature"`` | $\pm \sqrt d\, e_j$, 2 d points: exact for polynomials of degree 3 |
+    | ``"gauss_hermite"`` | the tensor grid of `samples` Gauss-Hermite nodes an axis, for d of at most 3 |
+    | a tensor (B, d) | these points, for all components; (N, B, d): for each its own |
 
     Args:
         estimator: As above.

@@ -235,8 +235,9 @@ def log_sum_exp(joint: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
 
 def check_means(means: Tensor) -> None:
     """Raise unless means are a finite real (N, d)."""
-    if not isinstance(means, Tensor) or not means.is_floating_point():
-        raise TypeError(f"means must be a real floating tensor, got {getattr(means, 'dtype', type(means).__name__)}")
+    if not isinstance(means, Tensor) or means.dtype not in (torch.float32, torch.float64):
+        found = getattr(means, "dtype", type(means).__name__)
+        raise TypeError(f"means must be a tensor in float32 or float64, got {found}")
     if means.ndim != 2 or 0 in means.shape:
         raise ValueError(f"means must be of shape (N, d) with N and d at least 1, got {tuple(means.shape)}")
     if not bool(means.isfinite().all()):

@@ -22,13 +22,13 @@ class MixtureVI(MixtureStepper):
     components at once: $m_i \leftarrow m_i - \gamma E[g]$, and $u_i = \frac{\gamma}{d\,\varepsilon_i}
     E\langle x - m_i, g \rangle$ moves the variance:
 
-    =====================  ======================================================================================
-    ``"bures"``            $(1 - u)^2 \varepsilon$: Wasserstein gradient descent in the family (IBW)
-    ``"bures_implicit"``   $\varepsilon / (1 + u)^2$: the exact minimiser that IBW approximates, safe for large u
-    ``"mirror"``           $\varepsilon e^{-u}$: mirror descent with an entropy (MD); half the speed of IBW at equal lr
-    ``"natural"``          $1 / (1 / \varepsilon + u)$, and means by $\gamma \varepsilon^+$: natural gradient (NGD)
-    ``"fixed"``            $\varepsilon$: the means alone
-    =====================  ======================================================================================
+    | variance | moves to |
+    | --- | --- |
+    | ``"bures"`` | $(1 - u)^2 \varepsilon$: Wasserstein gradient descent in the family (IBW) |
+    | ``"bures_implicit"`` | $\varepsilon / (1 + u)^2$: the exact minimiser that IBW approximates, safe for large u |
+    | ``"mirror"`` | $\varepsilon e^{-u}$: mirror descent with an entropy (MD); half the speed of IBW at equal lr |
+    | ``"natural"`` | $1 / (1 / \varepsilon + u)$, and means by $\gamma \varepsilon^+$: natural gradient (NGD) |
+    | ``"fixed"`` | $\varepsilon$: the means alone |
 
     The gradient needs one call of the target for N B points, and O(N² B d) flops; no (N B, N, d) tensor is built.
     Minimising this divergence seeks modes: one that is many widths from all components may be missed, so start wide.

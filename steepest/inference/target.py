@@ -88,16 +88,17 @@ class Target:
         """
         if self.log_prob is None or self.score is None:
             raise ValueError("check_score compares score with log_prob: give both")
-        x = x.double()
         local = torch.Generator(x.device).manual_seed(0)
         v = torch.nn.functional.normalize(torch.randn(x.shape, generator=local, dtype=x.dtype, device=x.device), dim=-1)
-        step = 1e-5 * x.abs().amax(-1, keepdim=True).clamp_min(1.0)
+        precision = torch.finfo(x.dtype).eps
+        step = precision ** (1 / 3) * x.abs().amax(-1, keepdim=True).clamp_min(1.0)
         with torch.no_grad():
             ahead, behind = (_checked(self.log_prob(p), (len(x),), "log_prob", x) for p in (x + step * v, x - step * v))
             claimed = (_checked(self.score(x.clone()), tuple(x.shape), "score", x) * v).sum(-1)
         found = (ahead - behind) / (2 * step[:, 0])
         known = found.isfinite() & claimed.isfinite()
-        tolerance = 1e-3 + 1e-2 * torch.maximum(found.abs(), claimed.abs())
+        rounding = 10 * precision * torch.maximum(ahead.abs(), behind.abs()) / step[:, 0]
+        tolerance = 1e-3 + 1e-2 * torch.maximum(found.abs(), claimed.abs()) + rounding
         if not bool(known.any()):
             raise ValueError("check_score: log_prob or score is not finite at any point of the mixture")
         wrong = known & ((claimed - found).abs() > tolerance)

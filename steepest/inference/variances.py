@@ -61,13 +61,13 @@ def cap(u: Float[Tensor, "*shape"], variances: Float[Tensor, "*shape"], variance
 def move(variances: Float[Tensor, "*shape"], u: Float[Tensor, "*shape"], variance: Variance) -> Tensor:
     r"""The new variances.
 
-    =====================  ======================================================================================
-    ``"bures"``            $(1 - u)^2 \varepsilon$, the exponential map of the Bures-Wasserstein geometry (IBW)
-    ``"bures_implicit"``   $\varepsilon / (1 + u)^2$, the minimiser of which that is the first order
-    ``"mirror"``           $\varepsilon e^{-u}$, mirror descent with the von Neumann entropy (MD)
-    ``"natural"``          $1 / \varepsilon^+ = 1 / \varepsilon + u$, the natural gradient (NGD)
-    ``"fixed"``            $\varepsilon$
-    =====================  ======================================================================================
+    | variance | moves to |
+    | --- | --- |
+    | ``"bures"`` | $(1 - u)^2 \varepsilon$, the exponential map of the Bures-Wasserstein geometry (IBW) |
+    | ``"bures_implicit"`` | $\varepsilon / (1 + u)^2$, the minimiser of which that is the first order |
+    | ``"mirror"`` | $\varepsilon e^{-u}$, mirror descent with the von Neumann entropy (MD) |
+    | ``"natural"`` | $1 / \varepsilon^+ = 1 / \varepsilon + u$, the natural gradient (NGD) |
+    | ``"fixed"`` | $\varepsilon$ |
 
     Args:
         variances: $\varepsilon$.

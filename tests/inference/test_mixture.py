@@ -216,7 +216,7 @@ def test_bad_mixtures() -> None:
         IsotropicMixture(torch.zeros(0, 2), 1.0)
     with pytest.raises(ValueError, match="finite"):
         IsotropicMixture(means * torch.nan, 1.0)
-    for dtype in (torch.int64, torch.complex64):
+    for dtype in (torch.int64, torch.complex64, torch.float16):
         with pytest.raises(TypeError, match="means"):
             IsotropicMixture(means.to(dtype), 1.0)
     with pytest.raises(ValueError, match="n must be"):

@@ -375,7 +375,10 @@ def test_score_alone_takes_the_same_steps() -> None:
 def test_check_score() -> None:
     MixtureVI(TARGET.log_prob, START, score=TARGET.score, check_score=True)
     small = IsotropicMixture(START.means.float(), START.variances.float())
-    MixtureVI(TARGET.log_prob, small, score=TARGET.score, check_score=True)
+    target = GaussianMixture(TARGET.means.float(), TARGET.covariances.float(), TARGET.weights.float())
+    MixtureVI(target.log_prob, small, score=target.score, check_score=True)
+    with pytest.raises(ValueError, match="sign is wrong"):
+        MixtureVI(target.log_prob, small, score=lambda x: -target.score(x), check_score=True)
     with pytest.raises(ValueError, match="sign is wrong"):
         MixtureVI(TARGET.log_prob, START, score=lambda x: -TARGET.score(x), check_score=True)
     with pytest.raises(ValueError, match="disagrees with log_prob"):

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steepest import curvature, data, dynamics, geometry, gradient_free, minimize, models, nn, optim
+    from steepest import curvature, data, dynamics, geometry, gradient_free, minimize, models, nn, optim, transport
     from steepest.loop import run
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "nn",
     "optim",
     "run",
+    "transport",
 ]
 
 _SUBMODULES = frozenset(__all__) - {"__version__", "run"}

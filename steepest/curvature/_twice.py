@@ -59,15 +59,15 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
     return _Unary.apply(input, F.silu, s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s)))
 
 
-def _sigmoid(input: Tensor) -> Tensor | None:
-    if not _needed(input):
+def _sigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor | None:
+    if out is not None or not _needed(input) or not input.is_floating_point():
         return None
     s = torch.sigmoid(input.detach())
     return _Unary.apply(input, torch.sigmoid, s * (1 - s), s * (1 - s) * (1 - 2 * s))
 
 
-def _tanh(input: Tensor) -> Tensor | None:
-    if not _needed(input):
+def _tanh(input: Tensor, *, out: Tensor | None = None) -> Tensor | None:
+    if out is not None or not _needed(input) or not input.is_floating_point():
         return None
     t = torch.tanh(input.detach())
     slope = 1 - t * t

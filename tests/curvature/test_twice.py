@@ -73,6 +73,8 @@ def test_values_and_nodes() -> None:
             assert type(found.grad_fn).__name__.startswith("_"), name
             torch.testing.assert_close(found, CASES[name](x.detach()))
         assert not CASES["gelu"](x.detach()).requires_grad
+        torch.testing.assert_close(torch.tanh(x.detach(), out=torch.empty_like(x)), x.detach().tanh())
+        assert torch.sigmoid(x.to(torch.complex128)).is_complex()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not type(F.linear(x.float(), W.float()).grad_fn).__name__.startswith("_")
 

@@ -35,13 +35,14 @@ class Block:
     @torch.no_grad()
     def decay(self, values: Sequence[Tensor], decay: float) -> None:
         r"""$s \leftarrow \beta s + (1 - \beta) x$, and the same for the weight with x = 1."""
-        change = 1 - decay
         self._follow(values)
+        change = 1 - decay
         if self.lost:
             steps = [change * ((x - s) + c) for x, s, c in zip(values, self.totals, self.lost, strict=True)]
             self._accumulate(steps)
         else:
-            torch._foreach_lerp_(self.totals, list(values), change)
+            for total, value in zip(self.totals, values, strict=True):
+                total.mul_(decay).add_(value, alpha=change)  # converts value on the way, without a copy of it
         self.weight += change * (1 - self.weight)
         self.count += 1
 
@@ -63,7 +64,8 @@ class Block:
     def _accumulate(self, values: list[Tensor]) -> None:
         self._follow(values)
         if not self.lost:
-            torch._foreach_add_(self.totals, values)
+            for total, value in zip(self.totals, values, strict=True):
+                total.add_(value)
             return
         for index, value in enumerate(values):
             step = value - self.lost[index]

@@ -178,7 +178,7 @@ class IterateAverage:
         layout = self._layout or self._layout_of(structure)
         if self._layout is not None:
             tensors = layout.structure.order(structure, tensors)
-        if self.nonfinite != "ignore" and not all(bool(each.isfinite().all()) for each in tensors):
+        if self.nonfinite != "ignore" and not all(map(_is_finite, tensors)):
             if self.nonfinite == "raise":
                 raise FloatingPointError("value holds NaN or infinity; the average was not changed")
             self.seen += 1
@@ -350,9 +350,9 @@ class IterateAverage:
         if self._sketch is not None:
             self._sketch.add(layout.rows(tensors), *((decay, (1 - decay) / group) if ema else (1.0, 1.0)))
         if not self._blocks or (self.kind == "suffix" and self._blocks[-1].count >= self._block_size):
-            self._blocks.append(self._block(sums))
+            self._blocks.append(self._block(layout.like(sums)))
         if ema:
-            self._blocks[-1].decay([each / group for each in sums], decay)
+            self._blocks[-1].decay(sums if group == 1 else [each / group for each in sums], decay)
         else:
             self._blocks[-1].add(sums, group)
         if self.kind == "suffix":
@@ -379,9 +379,14 @@ class IterateAverage:
             return self._blocks[0]
         layout = self._known()
         rows = [layout.sums(row) for row in self._stored]
-        block = self._block(rows[0] if rows else self._blocks[0].totals)
+        block = self._block(layout.like(rows[0] if rows else self._blocks[0].totals))
         for row in rows:
             block.add(row, layout.group)
         for part in self._blocks:
             block.merge(part)
         return block
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One pass that stores nothing; a sum of finite numbers may overflow, then each is looked at.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

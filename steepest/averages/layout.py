@@ -79,8 +79,7 @@ class Layout:
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the samples: of the tensors, and of the products of the coordinates if they are wanted."""
         dims = tuple(range(self.batch_dims, self.batch_dims + self.sample_dims))
-        sums = [each.to(self.precise(each.dtype)) for each in tensors]
-        sums = [each.sum(dims) if dims else each for each in sums]
+        sums = [each.to(self.precise(each.dtype)).sum(dims) if dims else each for each in tensors]
         if self.products:
             rows = self.rows(tensors)
             sums.append(rows.mT @ rows)

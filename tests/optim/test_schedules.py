@@ -1,4 +1,4 @@
-"""The schedule family as data: tables of the paper's sheet, reductions between schedules, and wrong input."""
+"""The schedule family as data: tables of known values, reductions between schedules, and wrong input."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def table(schedule: Schedule, updates: int) -> list[float]:
     return [schedule.lr(t) for t in range(updates)]
 
 
-def test_the_sheets_table_by_cycle() -> None:
+def test_the_known_table_by_cycle() -> None:
     lrs = table(wsds((10, 20), decay=0.2), 20)
     assert lrs[8:10] == pytest.approx([0.18181818, 0.1], abs=5e-9)
     assert lrs[:8] == [1.0] * 8 and lrs[10:18] == [1.0] * 8

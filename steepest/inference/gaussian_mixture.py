@@ -46,36 +46,45 @@ class GaussianMixture:
                 f"covariances must be of shape {(n, d, d)}, {(n, d)} or {(n,)} beside means of shape {(n, d)}, got "
                 f"{tuple(covariances.shape)}"
             )
-        full = covariances.detach().to(means)
-        if full.ndim == 1:
-            full = full[:, None].expand(n, d)
-        if full.ndim == 2:
-            full = torch.diag_embed(full)
-        if not torch.allclose(full, full.mT, rtol=1e-4, atol=0.0) and float(
-            (full - full.mT).abs().max()
-        ) > 1e-4 * float(full.abs().max()):
-            raise ValueError("covariances must be symmetric")
-        full = (full + full.mT) / 2
-        roots, bad = torch.linalg.cholesky_ex(full)
-        if bool(bad.any()) or not bool(roots.isfinite().all()):
-            index = int(torch.nonzero(bad)[0]) if bool(bad.any()) else 0
-            raise ValueError(f"covariances must be positive definite and finite; that of component {index} is not")
+        spread = covariances.detach().to(means)
+        self._deviations = None if spread.ndim == 3 else _deviations(spread.view(n, -1).expand(n, d))
+        self._full = _factored(spread) if spread.ndim == 3 else None
         if weights is None:
             weights = torch.full((n,), 1 / n, dtype=means.dtype, device=means.device)
         if weights.shape != (n,) or not bool(((weights > 0) & weights.isfinite()).all()):
             raise ValueError(f"weights must be {n} positive numbers, got {weights}")
         self.means = means.detach().clone(memory_format=torch.contiguous_format)
-        self.covariances = full.clone(memory_format=torch.contiguous_format)
         self.weights = (weights / weights.sum()).detach().to(means)
-        self.roots = roots
-        eye = torch.eye(d, dtype=means.dtype, device=means.device).expand(n, d, d)
-        whiten = torch.linalg.solve_triangular(roots, eye, upper=False)
-        self._centre = self.means.mean(0)
-        # One product whitens a point for all components: rows (i, a) of the stacked inverse roots.
-        self._whiten = whiten.reshape(n * d, d)
-        self._unwhiten = -self._whiten
-        self._offset = (whiten @ (self.means - self._centre)[..., None]).reshape(n * d)
-        self._level = self.weights.log() - roots.diagonal(dim1=1, dim2=2).log().sum(-1) - d / 2 * math.log(2 * math.pi)
+        if self._full is not None:
+            roots = self._full[1]
+            volumes = roots.diagonal(dim1=1, dim2=2).log().sum(-1)
+            eye = torch.eye(d, dtype=means.dtype, device=means.device).expand(n, d, d)
+            whiten = torch.linalg.solve_triangular(roots, eye, upper=False)
+            self._centre = self.means.mean(0)
+            # One product whitens a point for all components: rows (i, a) of the stacked inverse roots.
+            self._whiten = whiten.reshape(n * d, d)
+            self._unwhiten = -self._whiten
+            self._offset = (whiten @ (self.means - self._centre)[..., None]).reshape(n * d)
+        else:
+            assert self._deviations is not None
+            volumes = self._deviations.log().sum(-1)
+        self._level = self.weights.log() - volumes - d / 2 * math.log(2 * math.pi)
+
+    @property
+    def covariances(self) -> Float[Tensor, "n d d"]:
+        """The covariances as matrices."""
+        if self._deviations is not None:
+            return torch.diag_embed(self._deviations.square())
+        assert self._full is not None
+        return self._full[0]
+
+    @property
+    def roots(self) -> Float[Tensor, "n d d"]:
+        r"""Lower triangular matrices L with $L L^\top$ the covariances."""
+        if self._deviations is not None:
+            return torch.diag_embed(self._deviations)
+        assert self._full is not None
+        return self._full[1]
 
     @property
     def components(self) -> int:
@@ -96,9 +105,11 @@ class GaussianMixture:
     def covariance(self) -> Float[Tensor, "d d"]:
         """The covariance of the mixture."""
         centred = self.means - self.mean
-        return (self.weights[:, None] * centred).mT @ centred + torch.einsum(
-            "n,nij->ij", self.weights, self.covariances
-        )
+        if self._deviations is not None:
+            within = torch.diag(self.weights @ self._deviations.square())
+        else:
+            within = torch.einsum("n,nij->ij", self.weights, self.covariances)
+        return (self.weights[:, None] * centred).mT @ centred + within
 
     def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """The log-density, differentiable in x.
@@ -140,10 +151,12 @@ class GaussianMixture:
         else:
             index = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.dimension, generator=generator, dtype=self.means.dtype, device=device)
-        points = torch.empty_like(noise)
+        if self._deviations is not None:
+            return self.means[index] + self._deviations[index] * noise
+        points, roots = torch.empty_like(noise), self.roots
         for i in range(self.components):  # no (n, d, d) of gathered roots
             mine = index == i
-            points[mine] = self.means[i] + noise[mine] @ self.roots[i].mT
+            points[mine] = self.means[i] + noise[mine] @ roots[i].mT
         return points
 
     def entropy(self, samples: int = 1000, *, generator: torch.Generator | None = None) -> Estimate:
@@ -168,13 +181,37 @@ class GaussianMixture:
 
     def _whitened(self, x: Float[Tensor, "m d"]) -> tuple[Tensor, Tensor]:
         """$L_i^{-1} (x - m_i)$, of shape (m, N, d), and log of weight times density."""
-        y = torch.addmm(-self._offset, x - self._centre, self._whiten.mT)
-        y = y.unflatten(1, (self.components, self.dimension))
+        if self._deviations is not None:
+            y = (x[:, None] - self.means) / self._deviations
+        else:
+            y = torch.addmm(-self._offset, x - self._centre, self._whiten.mT)
+            y = y.unflatten(1, (self.components, self.dimension))
         return y, torch.sub(self._level, y.square().sum(-1), alpha=0.5)
 
     def _score(self, x: Float[Tensor, "m d"]) -> Tensor:
         y, joint = self._whitened(x)
-        return (joint.softmax(-1)[..., None] * y).flatten(1) @ self._unwhiten
+        weighted = joint.softmax(-1)[..., None] * y
+        if self._deviations is not None:
+            return -(weighted / self._deviations).sum(1)
+        return weighted.flatten(1) @ self._unwhiten
+
+
+def _deviations(variances: Tensor) -> Tensor:
+    if not bool(((variances > 0) & variances.isfinite()).all()):
+        raise ValueError(f"covariances must be positive definite and finite, got a variance of {variances.min():.3g}")
+    return variances.sqrt()
+
+
+def _factored(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances, made symmetric, and their Cholesky factors."""
+    if float((matrices - matrices.mT).abs().max()) > 1e-4 * float(matrices.abs().max()):
+        raise ValueError("covariances must be symmetric")
+    matrices = (matrices + matrices.mT) / 2
+    roots, bad = torch.linalg.cholesky_ex(matrices)
+    if bool(bad.any()) or not bool(roots.isfinite().all()):
+        index = int(torch.nonzero(bad)[0]) if bool(bad.any()) else 0
+        raise ValueError(f"covariances must be positive definite and finite; that of component {index} is not")
+    return matrices.contiguous(), roots
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -132,6 +132,14 @@ def test_isotropic_and_diagonal_covariances_are_full_ones() -> None:
     torch.testing.assert_close(full.log_prob(x), iso.log_prob(x))
     diagonal = GaussianMixture(means, iso.variances[:, None].expand(2, 3))
     torch.testing.assert_close(diagonal.covariances, full.covariances)
+    wide = randn(2, 3, seed=2).exp()
+    diagonal, matrices = GaussianMixture(means, wide), GaussianMixture(means, torch.diag_embed(wide))
+    for name in ("log_prob", "score"):
+        torch.testing.assert_close(getattr(diagonal, name)(x), getattr(matrices, name)(x))
+    for name in ("covariance", "covariances", "roots", "mean"):
+        torch.testing.assert_close(getattr(diagonal, name), getattr(matrices, name))
+    samples = [q.sample(20, generator=torch.Generator().manual_seed(0)) for q in (diagonal, matrices)]
+    torch.testing.assert_close(*samples)
 
 
 def test_gauss_hermite_is_exact_for_polynomials() -> None:

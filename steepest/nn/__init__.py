@@ -8,6 +8,7 @@ from steepest.nn.hard_tree import HardTree
 from steepest.nn.metrics import dead_experts, load_cv, load_entropy, load_metrics, max_violation
 from steepest.nn.phi import POTENTIALS, PhiBalancer
 from steepest.nn.population import Population
+from steepest.nn.population_changes import Entries, Span
 from steepest.nn.quantized import QuantizedLinear, SignLinear
 from steepest.nn.ria import RIA, GaussGLU, ria
 from steepest.nn.routing import BALANCERS, Router, Routing, make_balancer
@@ -23,6 +24,7 @@ __all__ = [
     "ArgmaxAttention",
     "Balancer",
     "CombinedBalancer",
+    "Entries",
     "GaussGLU",
     "GlobalSwitchBalancer",
     "HardLIF",
@@ -37,6 +39,7 @@ __all__ = [
     "Router",
     "Routing",
     "SignLinear",
+    "Span",
     "SpectralNorm",
     "SpikeCount",
     "Staircase",

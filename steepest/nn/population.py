@@ -231,11 +231,22 @@ class Population:
         }
 
     def _automatic(self, inputs: Inputs) -> int:
-        first = inputs if isinstance(inputs, Tensor) else None
-        samples = first.shape[0] if first is not None and first.ndim else 1
+        """As many candidates as keep the larger activations in a processor's cache, or a part of a GPU's memory."""
+        units = _places(inputs) if isinstance(inputs, Tensor) else 1
+        units *= math.prod(getattr(module, "expansion", 1) for module in self.model.modules())
         widest = max((shape[0] for shape in self.shapes if shape), default=1)
         on_cpu = next(iter(self._parameters.values())).device.type == "cpu"
-        return max(1, (2**21 if on_cpu else 2**28) // (self.size + samples * widest))
+        return max(1, (2**21 if on_cpu else 2**28) // (self.size + units * widest))
+
+
+def _places(inputs: Tensor) -> int:
+    """How often a layer's weights are used for these inputs: samples, times positions of a sequence or image."""
+    shape = inputs.shape if inputs.ndim else (1,)
+    if not inputs.is_floating_point():
+        return inputs.numel()
+    if len(shape) == 3:
+        return shape[0] * max(shape[1:])
+    return shape[0] * math.prod(shape[2:])
 
 
 def _common(changes: Changes) -> int:

@@ -71,13 +71,13 @@ class HardLIF(HardLayer):
         spikes = torch.empty_like(currents, memory_format=torch.contiguous_format)
         potential = torch.zeros_like(currents[:, 0])
         for t in range(currents.shape[1]):
-            potential.mul_(self.decay).add_(currents[:, t])
-            fired = potential >= self.threshold
+            potential = torch.add(currents[:, t], potential, alpha=self.decay)
+            fired = (potential >= self.threshold).to(potential.dtype)
             spikes[:, t] = fired
             if self.reset == "zero":
-                potential.masked_fill_(fired, 0)
+                potential.addcmul_(potential, fired, value=-1)
             else:
-                potential.sub_(spikes[:, t], alpha=self.threshold)
+                potential.sub_(fired, alpha=self.threshold)
         return spikes
 
     def _soft(self, currents: Tensor) -> Tensor:
@@ -103,12 +103,15 @@ class RepeatInput(nn.Module):
 
     Args:
         steps: How many, at least 1.
+
+    Attributes:
+        expansion: The same number: how much larger the activations behind it are.
     """
 
     def __init__(self, steps: int) -> None:
         super().__init__()
         check_int("steps", steps)
-        self.steps = steps
+        self.steps = self.expansion = steps
 
     def forward(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "time *n"]:
         """Repeat."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steepest.nn.population import Population
 from steepest.nn.population_changes import Entries, Span
+from steepest.nn.spiking import RepeatInput
 from steepest.nn.staircase import Staircase
 
 D = torch.float64
@@ -399,6 +400,19 @@ def test_bound_networks_take_many_inputs() -> None:
     assert model.training
     with pytest.raises(ValueError, match=r"inputs must lead with 5, one for each candidate, got \(7, 6\)"):
         net(normal(7, 6))
+
+
+def test_the_automatic_chunk_falls_with_the_activations() -> None:
+    small, large = torch.zeros(16, 8), torch.zeros(4096, 8)
+    for layers in ([], [RepeatInput(50)]):
+        population = Population(nn.Sequential(nn.Linear(8, 8), *layers))
+        assert population._automatic(small) > population._automatic(large) >= 1
+    assert population._automatic(small) < Population(nn.Linear(8, 8))._automatic(small)
+    images, tokens = Population(nn.Conv2d(3, 8, 3)), Population(nn.Embedding(9, 8))
+    assert images._automatic(torch.zeros(4, 3, 64, 64)) < images._automatic(torch.zeros(4, 3, 8, 8))
+    assert tokens._automatic(torch.zeros(4, 64, dtype=torch.long)) < tokens._automatic(torch.zeros(4, 8).long())
+    sequences = Population(nn.Linear(8, 8))
+    assert sequences._automatic(torch.zeros(4, 900, 8)) < sequences._automatic(torch.zeros(4, 9, 8))
 
 
 def test_changes_that_do_not_fit() -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks import (
     cheap,
+    consensus,
     curvature,
     dal,
     distributed,
@@ -35,6 +36,7 @@ SUITES = {
     "freon": freon,
     "schedules": schedules,
     "curvature": curvature,
+    "consensus": consensus,
     "dal": dal,
     "radius": radius,
     "ivon": ivon,

@@ -21,6 +21,9 @@ def check(options: Mapping[str, Any]) -> None:
     for name in ("batch_size", "samples"):
         if options[name] is not None:
             check_int(name, options[name])
+    batch, samples = options["batch_size"], options["samples"]
+    if batch is not None and samples is not None and batch > samples:
+        raise ValueError(f"batch_size must be at most samples={samples}, got {batch}")
     share = options["max_overhead"]
     if share is not None and not (isinstance(share, int | float) and math.isfinite(share) and share > 0):
         raise ValueError(f"max_overhead must be positive or None, got {share!r}")

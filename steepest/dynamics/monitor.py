@@ -16,7 +16,13 @@ from steepest.dynamics.drift import step_drift
 from steepest.dynamics.linear_stability import noise_factor, trace_threshold
 from steepest.dynamics.monitor_verdict import Verdict, judge
 from steepest.dynamics.role_norms import RoleNorms
-from steepest.dynamics.sharpness import measure_edge, preconditioned, preconditioner, step_settings
+from steepest.dynamics.sharpness import (
+    measure_edge,
+    preconditioned,
+    preconditioner,
+    step_settings,
+    uses_batch_statistics,
+)
 from steepest.dynamics.softmax_radius import step_radius
 from steepest.dynamics.step_size import step_lr, unwrapped
 from steepest.optim import DAL, RadiusSGD
@@ -298,7 +304,7 @@ class Monitor:
     def _hessian(self) -> Hessian:
         self._current = self._batches()
         make: Any = Hessian if self._pairs else Hessian.of_loss
-        return make(self.model, self.loss_fn, self._current)
+        return make(self.model, self.loss_fn, self._current, train=uses_batch_statistics(self.model))
 
     def _step_gradient(self) -> Tensor | None:
         if all(p.grad is None for p in self.parameters):

@@ -2,14 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-State = Literal["unknown", "stable", "at the edge of stability", "diverging by a spike", "noise-limited"]
+State = Literal[
+    "unknown",
+    "stable",
+    "at the edge of stability",
+    "beyond the edge of stability",
+    "diverging by a spike",
+    "noise-limited",
+]
 
 EDGE = 0.85  # of the threshold: from here on a run counts as at its edge
 NOISE = 0.3  # cosine between gradients of a batch and of the monitor's data
 FLAT = 0.05  # relative change of the loss over the window that counts as none
+BEYOND = 10.0  # times the threshold, or the radius within which the loss's expansion means something
 SPIKE = 3.0  # times the lowest loss so far
 RECENT = 5
 
@@ -30,6 +38,8 @@ def judge(history: Mapping[str, Sequence[float]]) -> Verdict:
     """The state of a run from a monitor's history; the first of these that holds for the last measurements.
 
     - diverging by a spike: the loss is not finite, or the last one is 3 times the lowest and above the first;
+    - beyond the edge of stability: the sharpness is in the median 10 times its threshold, or a step 10 times the radius
+      within which the loss's expansion converges;
     - at the edge of stability: the median relative sharpness is at least 0.85;
     - noise-limited: the median cosine between a step's gradient and that of the monitor's data is below 0.3, and the
       loss has changed by less than 5 % between the halves of the history's second half;
@@ -43,6 +53,11 @@ def judge(history: Mapping[str, Sequence[float]]) -> Verdict:
         return Verdict("unknown", "Unknown: nothing has been measured yet.")
     if (spike := _spike(history, losses)) is not None:
         return Verdict("diverging by a spike", spike)
+    if causes := _causes(history, statistics.median, BEYOND, names=("relative_sharpness", "radius_ratio")):
+        return Verdict(
+            "beyond the edge of stability",
+            f"Beyond the edge of stability: {causes}; a smaller learning rate would train.",
+        )
     ratio = _recent(history, "relative_sharpness")
     if ratio is not None and ratio >= EDGE:
         edge = _recent(history, "threshold")
@@ -72,16 +87,30 @@ def _spike(history: Mapping[str, Sequence[float]], losses: list[float]) -> str |
         change = f"the loss rose from {low:.3g} to {last:.3g} by step {step}"
     else:
         change = f"the loss is not finite at step {step}"
+    causes = _causes(history, max, 1.0)
+    return f"Diverging by a spike: {change}" + (f"; {causes}." if causes else ".")
+
+
+WORDS = {
+    "relative_sharpness": "the sharpness reached {:.3g} times its threshold",
+    "radius_ratio": "a step was {:.3g} times the radius within which the loss's expansion converges",
+    "overshoot": "a step's second-order effect was {:.3g} times its first-order effect",
+}
+
+
+def _causes(
+    history: Mapping[str, Sequence[float]],
+    of: Callable[[list[float]], float],
+    least: float,
+    names: Iterable[str] = tuple(WORDS),
+) -> str:
+    """What of the last measurements was too large, in words; nothing if nothing was."""
     causes = []
-    for name, words in (
-        ("relative_sharpness", "the sharpness reached {:.3g} times its threshold"),
-        ("radius_ratio", "a step was {:.3g} times the radius within which the loss's expansion converges"),
-        ("overshoot", "a step's second-order effect was {:.3g} times its first-order effect"),
-    ):
-        values = [v for v in history.get(name, ())[-RECENT:] if math.isfinite(v)]
-        if values and max(values) > 1:
-            causes.append(words.format(max(values)))
-    return f"Diverging by a spike: {change}" + (f"; {', and '.join(causes)}." if causes else ".")
+    for name in names:
+        values = [v for v in list(history.get(name, ()))[-RECENT:] if math.isfinite(v)]
+        if values and of(values) > least:
+            causes.append(WORDS[name].format(of(values)))
+    return ", and ".join(causes)
 
 
 def _margin(history: Mapping[str, Sequence[float]], ratio: float | None) -> str:

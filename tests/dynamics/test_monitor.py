@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steepest.curvature import Hessian
+from steepest.curvature import Hessian, top_eigenpairs
 from steepest.dynamics import Monitor, judge
 from steepest.loop import run
 from steepest.models import MLP
@@ -248,6 +248,7 @@ def test_the_writer_gets_every_number() -> None:
         ({"probes": 1}, ValueError, "probes"),
         ({"tol": -1.0}, ValueError, "tol"),
         ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"batch_size": 9, "samples": 8}, ValueError, "batch_size must be at most samples=8"),
         ({"radius": "no"}, ValueError, "radius"),
         ({"data": None}, TypeError, "data"),
         ({"optimizer": None}, TypeError, "optimizer"),
@@ -265,6 +266,30 @@ def test_bad_input(options: dict, error: type[Exception], message: str) -> None:
         Monitor.of_loss(model, lambda m, b: None, torch.optim.SGD(model.parameters(), 0.1), [], often=3)
 
 
+def test_a_learning_rate_far_too_large_is_not_stable() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).double()
+    x, y = torch.randn(64, 6, dtype=torch.float64), torch.randint(3, (64,))
+    monitor = Monitor(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 1e6), (x, y), every=1)
+    train(monitor, x, y, 8)
+    assert monitor.verdict().state in ("beyond the edge of stability", "diverging by a spike"), monitor
+
+
+def test_a_model_with_batch_norm_is_measured_as_it_trains() -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm1d(16)
+    norm.running_var = torch.full((16,), 1e-4)  # of evaluation alone
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), norm, torch.nn.Linear(16, 1)).double()
+    x = torch.randn(64, 6, dtype=torch.float64)
+    y = x[:, :1]
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    monitor = Monitor(model, F.mse_loss, optimizer, (x, y), every=1, max_overhead=None)
+    expected = Hessian(model, F.mse_loss, (x, y), train=True)
+    sharpness = float(top_eigenpairs(expected, 1, tol=1e-6).values[0])
+    train(monitor, x, y, 1)
+    assert monitor.history["sharpness"][0] == pytest.approx(sharpness, rel=1e-2)
+
+
 def test_verdicts_of_histories() -> None:
     assert judge({}).state == "unknown"
     steps = list(range(8))
@@ -272,6 +297,11 @@ def test_verdicts_of_histories() -> None:
     assert (
         judge({"step": steps, "loss": [8.0 - s for s in steps], "relative_sharpness": [math.nan] * 8}).state == "stable"
     )
+    still = {"step": steps, "loss": [1.0] * 8}
+    for name in ("radius_ratio", "relative_sharpness"):
+        found = judge({**still, name: [50.0] * 8})
+        assert found.state == "beyond the edge of stability" and "50 times" in found.sentence
+    assert judge({**still, "overshoot": [50.0] * 8}).state == "stable"  # the slope vanishes at a minimum
     sawtooth = list(itertools.islice(itertools.cycle([1.0, 1.02]), 8))
     assert judge({"step": steps, "loss": sawtooth, "alignment": [0.1] * 8}).state == "noise-limited"
     assert judge({"step": steps, "loss": sawtooth, "alignment": [0.9] * 8}).state == "stable"

@@ -47,7 +47,7 @@ def test_binary_radius(gap: float, width: float, expected: float) -> None:
     [(tensor(2, 0.5, -1, 0), 1.684737, None), (tensor(6, 0.5, -1, 0), 2.716919, 2.367435)],
 )
 def test_four_classes(z: Tensor, exact: float, dominated: float | None) -> None:
-    # the sheet's 2.716919 is 2.7169179 and its 2.367435 is 2.3674345
+    # to all digits: 2.7169179 and 2.3674345
     assert float(exact_radius(z, A)) == pytest.approx(exact, abs=2e-6)
     assert float(radius(A)) == pytest.approx(1.256637, abs=5e-7)
     if dominated is not None:
@@ -72,7 +72,7 @@ def test_linear_softmax_model() -> None:
     torch.testing.assert_close(spread(slopes), tensor(2.9530960, 0.4241522, 1.4031943), rtol=0, atol=5e-8)
     assert float(radius(slopes)) == pytest.approx(1.0638302, abs=5e-8)
     exact = exact_radius((x @ weight.T).detach(), slopes)
-    # the sheet gives 1.3247550, 10.875158, 2.7373713, from a bisection; these are zeros to 30 digits by Newton
+    # zeros to 30 digits by Newton
     torch.testing.assert_close(exact, tensor(1.3247550, 10.875158, 2.7373713), rtol=5e-6, atol=0)
 
 

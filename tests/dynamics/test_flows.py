@@ -104,7 +104,7 @@ def test_the_principal_coefficient_inverts_the_exponential(x: float, y: float) -
 def test_one_step_on_a_quadratic(
     flow: Any, time: float, real: Any, imaginary: Any, tolerance: float, method: Any
 ) -> None:
-    """The sheet gives PF(h/2) as -.31304952: it is the imaginary part, since (1 - 1.8)^(1/2) is imaginary."""
+    """PF(h/2) = -.31304952 i: the imaginary part, since (1 - 1.8)^(1/2) is imaginary."""
     end = integrate(flow(bowl, 0.9), double(-0.35, -0.2), time, method, 0.002)
     complex_close(end, real, imaginary, tolerance)
 

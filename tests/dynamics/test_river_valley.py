@@ -24,7 +24,7 @@ def losses(schedule: Schedule, *marks: int) -> list[float]:
 
 
 def six_digits(values: list[float]) -> list[float]:
-    """As many as the sheet gives."""
+    """Six digits."""
     return [float(f"{value:.6g}") for value in values]
 
 

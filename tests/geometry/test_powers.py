@@ -1,4 +1,4 @@
-"""Matrix powers: the sheet's numbers, every backend against an SVD in float64, invariances, edges, bad input."""
+"""Matrix powers: worked numbers, every backend against an SVD in float64, invariances, edges, bad input."""
 
 import math
 import warnings

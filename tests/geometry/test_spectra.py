@@ -1,4 +1,4 @@
-"""Kaon's map and the spectral controls: the sheet's numbers, invariances, edges."""
+"""Kaon's map and the spectral controls: worked numbers, invariances, edges."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""GGNC, uCG, steepest descent and S3CG: the sheet's numbers, guarantees, special cases, batches, resume."""
+"""GGNC, uCG, steepest descent and S3CG: worked numbers, guarantees, special cases, batches, resume."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Clipped Scion against the paper's loops, the sheet's numbers, its limits, resume, and starts in the ball."""
+"""Clipped Scion against the paper's loops, worked numbers, its limits, resume, and starts in the ball."""
 
 import copy
 import math

@@ -6,7 +6,7 @@ from steepest.studies._drop_muon_training import step_gigaflops
 
 
 def test_the_cost_of_a_step() -> None:
-    """The sheet's numbers, in units of 1e9 operations, for starts at layers 1 to 4."""
+    """Worked numbers, in units of 1e9 operations, for starts at layers 1 to 4."""
     costs = [step_gigaflops(start, 700) for start in range(4)]
     assert costs == pytest.approx([10.20, 8.52, 5.20, 3.33], abs=0.005)
     assert sum(costs) / 4 == pytest.approx(6.81, abs=0.005)

@@ -1,7 +1,7 @@
 """Random 3-SAT as an objective: how many clauses an assignment leaves unsatisfied, and what few flips change."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from steepest._checks import check_int
@@ -82,6 +82,10 @@ class MaxSat:
             raise ValueError(f"weights must have the shape ({len(clauses)},), got {tuple(weights.shape)}")
         self.clauses, self.weights, self.share = clauses, weights, share
         self._variable, self._positive = clauses.abs() - 1, clauses > 0
+        places = range(clauses.shape[1])
+        self._columns = [
+            (self._variable[:, place].contiguous(), self._positive[:, place, None].to(torch.uint8)) for place in places
+        ]
         self._incidence: tuple[int, Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
@@ -92,15 +96,16 @@ class MaxSat:
         """
         if x.shape[-1] != self.variables:
             raise ValueError(f"points must have the shape (..., {self.variables}), got {tuple(x.shape)}")
-        bits = (x > 0).reshape(-1, self.variables).mT.contiguous()  # rows of all points: gathers read whole rows
-        missed = torch.ones(len(self.clauses), bits.shape[1], dtype=torch.bool, device=x.device)
-        for place in range(self.clauses.shape[1]):
-            missed &= bits[self._variable[:, place]] != self._positive[:, place, None]
-        return self._total(missed.mT.reshape(*x.shape[:-1], -1), x)
-
-    def _total(self, missed: Bool[Tensor, "*b m"], like: Tensor) -> Tensor:
-        count = missed.sum(-1) if self.weights is None else (missed * self.weights.to(like)).sum(-1)
-        return count.to(like.dtype) * self._factor
+        # Rows are variables, then clauses, over all points: gathers and reductions go along the rows.
+        bits = (x > 0).reshape(-1, self.variables).mT.contiguous().view(torch.uint8)
+        missed = torch.ones(len(self.clauses), bits.shape[1], dtype=torch.uint8, device=x.device)
+        for column, positive in self._columns:
+            missed &= bits.index_select(0, column).bitwise_xor_(positive)
+        if self.weights is None:
+            count = missed.sum(0, dtype=torch.int32).to(x.dtype)
+        else:
+            count = self.weights.to(x) @ missed.to(x.dtype)
+        return (count * self._factor).reshape(x.shape[:-1])
 
     @property
     def _factor(self) -> float:

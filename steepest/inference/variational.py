@@ -191,7 +191,8 @@ class MixtureStepper(Resumable):
         )
 
     def _check_moved(self, moved: Mapping[str, Tensor]) -> None:
-        if all(_finite(value) for value in moved.values()) and float(moved["variances"].min()) > 0:
+        means, variances = moved["means"], moved["variances"]
+        if float(variances.min()) > 0 and _finite(means) and _finite(variances):
             return
         raise RuntimeError(
             f"step {self.steps} would make a variance zero or infinite, or a mean infinite; nothing was changed. Use a "

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    averages,
     cheap,
     consensus,
     curvature,
@@ -44,6 +45,7 @@ SUITES = {
     "stability": stability,
     "spectral_norm": spectral_norm,
     "distributed": distributed,
+    "averages": averages,
 }
 
 

@@ -22,7 +22,7 @@ class TensorPCA:
         d: dimension, at least 2.
         k: order of the tensor, at least 1.
         n: signal-to-noise ratio, the number of samples that the tensor is a mean of, at least 1; infinity: no noise.
-        generator: source of $\theta_*$ and of Z.
+        generator: source of $\theta_*$ and of Z; None: torch's own.
         theta_star: $\theta_*$, made a unit vector; None: uniform on the sphere.
         signal: factor of $\theta_*^{\otimes k}$; 0 is a problem of noise only.
         dtype: of the tensor; None: torch's default.

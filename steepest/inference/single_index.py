@@ -28,7 +28,7 @@ class SingleIndex:
             which is differentiated by autograd.
         n: number of samples, at least 1.
         noise: s, the standard deviation of the noise of the labels.
-        generator: source of $\theta_*$, of the samples and of the noise.
+        generator: source of $\theta_*$, of the samples and of the noise; None: torch's own.
         theta_star: $\theta_*$, made a unit vector; None: uniform on the sphere.
         dtype: of the data; None: torch's default.
 
@@ -87,7 +87,7 @@ class SingleIndex:
 
         Args:
             n: how many.
-            generator: source of the samples.
+            generator: source of the samples; None: torch's own.
         """
         return SingleIndex(
             self.d, self.link, n, self.noise, generator, theta_star=self.theta_star, dtype=self.theta_star.dtype

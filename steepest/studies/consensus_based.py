@@ -247,7 +247,8 @@ def _canyon(run: Run, objective: Callable[[Tensor], Tensor], langevin: bool) -> 
             search.run(steps, progress=False, record_every=steps)
             name = "Langevin" if sigma == 10.0 else f"Langevin, sigma {sigma:g}"
             found.setdefault(name, []).append(_share(search.x))
-    found["evaluations a run"] = {"CBO": 250 * 200, "hopping": 250 * 200, "gradient descent": 4 * 10_000}
+        searches = {"CBO": swarm, "hopping": hopping, "gradient descent": descent}
+        found["evaluations a run"] = {name: each.evaluations for name, each in searches.items()}
     return found
 
 

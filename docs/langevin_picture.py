@@ -12,7 +12,7 @@ from steepest.inference import SphericalLangevin, TensorPCA, estimate_from_trace
 TARGET = Path(__file__).resolve().parent / "assets" / "langevin-averaging.png"
 D, STEPS, SEEDS = 30, 3000, 4
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-COLOURS = {"average of all": "#d84315", "one chain": "#90a4ae", "partial trace": "#1565c0", "last iterates": "#90a4ae"}
+COLOURS = {"average of all": "#d84315", "single chains": "#90a4ae", "partial trace": "#1565c0", "last iterates": "#90a4ae"}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -28,7 +28,7 @@ def paths() -> dict[str, torch.Tensor]:
         walk.step()
         chains.append(overlap(walk.theta[:3], problem.theta_star))
         averages.append(overlap(walk.average.value(), problem.theta_star))
-    return {"one chain": torch.stack(chains), "average of all": torch.stack(averages)}
+    return {"single chains": torch.stack(chains), "average of all": torch.stack(averages)}
 
 
 def rates() -> dict[str, list[float]]:

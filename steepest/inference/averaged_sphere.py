@@ -31,7 +31,7 @@ class AveragedEstimate:
         moment: $\bar M$, the average of $\theta \theta^\top$, shape (*batch, d, d); None if it was not kept.
         signal: $|\bar\theta|$ over its level for chains without drift, $(4 / ((d - 1) T C))^{1/2}$, per problem.
         gap: the gap of the two largest eigenvalues of $\bar M$ over the level $2 (d / N)^{1/2} / d$,
-            $N = C T (d - 1)$, per problem; None if M was not kept.
+            $N = C T (d - 1)$, per problem; None if M was not kept, or in a sketch of rank one.
         iterate_overlap: mean over the chains of $|\langle \theta, \hat\theta \rangle|$ at the end: near
             $(2 / (\pi d))^{1/2}$ if the iterates still wander over the sphere, near one if they have condensed.
         perturbation: $2 \epsilon |P b| / (d - 1)$, the mean over the chains at the last step; NaN without a step.
@@ -190,7 +190,7 @@ class AveragedSphere(Resumable):
             values, vectors = self.average.top(min(2, self.average.rank or 2))
             top = vectors[..., 0].to(mean)
             level = 2 * (self.d / (self.chains * self.time * (self.d - 1))).sqrt() / self.d
-            gap = ((values[..., 0] - values[..., -1]) / level).to(mean)
+            gap = ((values[..., 0] - values[..., 1]) / level).to(mean) if values.shape[-1] > 1 else None
         # The mean has the sign, too: it comes first where it stands out.
         clear = gap is None or bool((signal > _CONFIDENT).all()) or bool(((signal >= gap) & (gap <= _CONFIDENT)).all())
         auto: Literal["first", "second"] = "first" if clear else "second"

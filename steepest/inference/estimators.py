@@ -168,6 +168,16 @@ def _given(nodes: Tensor, components: int, dimension: int) -> Tensor:
     return full.detach().clone()
 
 
+def check_generator(generator: torch.Generator | None, like: Tensor) -> None:
+    """Raise unless `generator` is None, or a generator on the device of `like`."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    if generator.device.type != like.device.type:
+        raise ValueError(f"generator must be on {like.device}, where the mixture is, got one on {generator.device}")
+
+
 def check_lr(lr: float) -> float:
     """`lr`, if it is a positive finite number; else a ValueError."""
     if not (math.isfinite(lr) and lr > 0):

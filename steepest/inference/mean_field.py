@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest._checks import check_int
-from steepest.inference.estimators import check_lr
+from steepest.inference.estimators import check_generator, check_lr
 from steepest.inference.mixture import BLOCK, Estimate, check_means, check_variances
 from steepest.inference.target import LogProb, Score, Target, TargetError
 from steepest.inference.variances import Variance, cap, check_variance, move
@@ -130,8 +130,7 @@ class MeanFieldVI(Resumable):
         if not callable(lr):
             check_lr(value_at(lr, 0, "lr"))
         check_int("samples", samples)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+        check_generator(generator, mixture.means)
         self._target = Target(log_prob, score)
         self.max_step = check_variance(variance, max_step)
         self.variance: Variance = variance

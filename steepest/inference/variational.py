@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steepest.inference.estimators import Estimator, Nodes, check_lr
+from steepest.inference.estimators import Estimator, Nodes, check_generator, check_lr
 from steepest.inference.gaussian_mixture import GaussianMixture
 from steepest.inference.mixture import BLOCK, Estimate, IsotropicMixture, expectation
 from steepest.inference.target import LogProb, Score, Target, TargetError
@@ -63,8 +63,7 @@ class MixtureStepper(Resumable):
             check_lr(value_at(lr, 0, "lr"))
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be raise or skip, got {nonfinite!r}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+        check_generator(generator, self.means)
         self._target = Target(log_prob, score)
         means = self.means
         if check_score:
@@ -154,7 +153,10 @@ class MixtureStepper(Resumable):
         noise = self.nodes.draw(self.means)
         displacement = self._displace(noise)
         x = (self.means[:, None] + displacement).reshape(-1, d)
-        value, score = self._target(x)
+        try:
+            value, score = self._target(x)
+        except TargetError as error:
+            raise TargetError(f"at step {self.steps}: {error}") from None
         # No (N B, N, d) tensor: blocks of components against all.
         block = max(1, BLOCK // (n * self._pair_width()))
         if block >= n:

@@ -20,6 +20,7 @@ from steepest.inference import (
     gauss_hermite,
     variational,
 )
+from steepest.inference.estimators import check_generator
 from steepest.inference.variances import VARIANCES
 
 F64 = torch.float64
@@ -413,7 +414,7 @@ def test_targets_that_fail_are_named_and_change_nothing() -> None:
     with pytest.raises(RuntimeError, match="NaN or infinite"):
         bounded.step()
     for wrong in (lambda x: x[:, :1], lambda x: x[0]):
-        with pytest.raises(RuntimeError, match="score must return shape"):
+        with pytest.raises(RuntimeError, match="at step 0: score must return shape"):
             MixtureVI(None, START, score=wrong).step()
     with pytest.raises(RuntimeError, match="vmap"):
         MixtureVI(lambda x: -(x**2).sum(), START).step()
@@ -545,6 +546,8 @@ def test_bad_arguments() -> None:
         MixtureVI(f, TARGET)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="generator"):
         MixtureVI(f, START, generator=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="generator must be on meta"):
+        check_generator(seeded(), torch.zeros(1, device="meta"))
     with pytest.raises(ValueError, match="equal weights"):
         FullCovarianceVI(f, TARGET)
     with pytest.raises(ValueError, match="shape of means"):

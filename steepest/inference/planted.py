@@ -119,7 +119,7 @@ class TensorPCA:
             return self.tensor.to(theta).expand_as(theta)
         left = theta @ self.tensor.view(self.d, -1)
         for _ in range(self.k - 2):
-            left = (theta.unsqueeze(1) @ left.view(len(theta), self.d, -1)).squeeze(1)
+            left = (theta.unsqueeze(1) @ left.view(len(theta), self.d, left.shape[-1] // self.d)).squeeze(1)
         return left
 
     def partial_trace(self) -> Tensor:

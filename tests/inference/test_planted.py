@@ -42,6 +42,14 @@ def test_the_tensor_has_its_drift_and_euler_identity(k: int) -> None:
     assert torch.allclose(problem.loss(theta[0]), -inner, atol=1e-12)
 
 
+def test_points_of_any_layout_and_none_at_all() -> None:
+    for problem in (TensorPCA(5, 3, 10, seeded()), SingleIndex(5, 3, 10, generator=seeded())):
+        theta = torch.randn(5, 4, generator=seeded()).mT
+        assert torch.equal(problem.neg_grad(theta), problem.neg_grad(theta.contiguous()))
+        assert problem.neg_grad(theta[0]).shape == (5,) and problem.loss(theta[0]).shape == ()
+        assert problem.neg_grad(theta[:0]).shape == (0, 5) and problem.loss(theta[:0]).shape == (0,)
+
+
 def test_only_the_symmetric_part_matters() -> None:
     raw = torch.randn(4, 4, 4, 4, dtype=DTYPE, generator=seeded())
     found = symmetrise(raw)

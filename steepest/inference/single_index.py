@@ -184,7 +184,7 @@ class SingleIndex:
             part = value(flat @ x.mT, x, y)
             total = part if total is None else total + part
         assert total is not None
-        return (total / self.n).reshape(*theta.shape[:-1], *total.shape[1:])
+        return (total / self.n).reshape((*theta.shape[:-1], *total.shape[1:]))
 
     def _part(self, points: int) -> int:
         return max(64, _CACHED // max(points, 1))

@@ -27,6 +27,7 @@ from steepest.gradient_free.one_sided_ot import Greedy, SemiRelaxed, Softmax, Te
 from steepest.gradient_free.particle_moves import barycentric_step
 from steepest.gradient_free.polystep import PolyStep
 from steepest.gradient_free.polystep_search import PolyStepSearch
+from steepest.gradient_free.polystep_trainer import PolyStepTrainer
 from steepest.gradient_free.polytopes import biased_rotations, polytope, random_rotations
 from steepest.gradient_free.search import Search, evaluate
 from steepest.gradient_free.spsa import SPSA, PowerDecay
@@ -56,6 +57,7 @@ __all__ = [
     "NetworkLoss",
     "PolyStep",
     "PolyStepSearch",
+    "PolyStepTrainer",
     "PowerDecay",
     "Search",
     "SemiRelaxed",

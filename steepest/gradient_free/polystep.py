@@ -96,7 +96,7 @@ class PolyStep(Optimizer):
 
     Examples:
         >>> weight = nn.Parameter(torch.tensor([3.0, -2.0]))
-        >>> optimizer = PolyStep([("weight", weight)], epsilon=0.1, step_radius=0.3, subspace="full")
+        >>> optimizer = PolyStep([("weight", weight)], epsilon=0.1, step_radius=0.3, probe_radius=2.0, subspace="full")
         >>> for _ in range(50):
         ...     loss = optimizer.step(lambda weights: weights["weight"].round().abs().sum(-1))
         >>> weight.round().abs().tolist()

@@ -70,7 +70,7 @@ class PolyStepSearch(Search):
 
     Examples:
         >>> from steepest.gradient_free import PolyStepSearch
-        >>> search = PolyStepSearch(lambda x: x.round().square().sum(-1), torch.tensor([4.0, -3.0]), step_radius=0.5)
+        >>> search = PolyStepSearch(lambda x: x.round().square().sum(-1), torch.tensor([4.0, -3.0]), step_radius=1.0)
         >>> for _ in range(60):
         ...     metrics = search.step()
         >>> float(search.best_value)

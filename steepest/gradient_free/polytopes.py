@@ -46,7 +46,7 @@ def polytope(
     exact = {"dtype": torch.float64, "device": device}
     if name == "orthoplex":
         axes = torch.eye(p, **exact)
-        vertices = torch.cat([axes, -axes])
+        vertices = torch.cat([axes, 0 - axes])
     elif name == "cube":
         corners = [(1.0, *rest) for rest in itertools.product((1.0, -1.0), repeat=p - 1)]
         half = torch.tensor(corners, **exact) / math.sqrt(p)

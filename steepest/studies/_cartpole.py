@@ -12,7 +12,7 @@ from steepest.nn.quantized import QuantizedLinear, SignLinear
 
 GRAVITY, CART, POLE, HALF_LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
 LIMIT, ANGLE = 2.4, 12 * 2 * math.pi / 360
-Weights = Literal["float", "int8", "binary"]
+Weights = Literal["float", "int8", "binary", "binary throughout"]
 
 
 def advance(state: Float[Tensor, "*n 4"], action: Int[Tensor, "*n"]) -> Float[Tensor, "*n 4"]:
@@ -46,7 +46,8 @@ def policy(
     """4 - hidden - 2 with tanh; the larger output is the action. All parameters start as scale N(0, 1).
 
     Args:
-        weights: "float"; "int8": on a grid of integers times `grid`; "binary": signs.
+        weights: "float"; "int8": on a grid of integers times `grid`; "binary": signs, with real biases;
+            "binary throughout": biases are signs too.
         generator: of the initial values.
         hidden: neurons.
         scale: of the initial values.
@@ -56,7 +57,9 @@ def policy(
     def layer(width: int, out: int) -> nn.Module:
         if weights == "int8":
             return QuantizedLinear(width, out, step=grid)
-        return SignLinear(width, out, binary_bias=True) if weights == "binary" else nn.Linear(width, out)
+        if weights == "float":
+            return nn.Linear(width, out)
+        return SignLinear(width, out, binary_bias=weights == "binary throughout")
 
     model = nn.Sequential(layer(4, hidden), nn.Tanh(), layer(hidden, 2))
     with torch.no_grad():

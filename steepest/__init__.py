@@ -7,7 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steepest import curvature, data, dynamics, geometry, gradient_free, minimize, models, nn, optim, transport
+    from steepest import (
+        curvature,
+        data,
+        dynamics,
+        geometry,
+        gradient_free,
+        inference,
+        minimize,
+        models,
+        nn,
+        optim,
+        transport,
+    )
     from steepest.loop import run
 
 __version__ = "0.1.0"
@@ -18,6 +30,7 @@ __all__ = [
     "dynamics",
     "geometry",
     "gradient_free",
+    "inference",
     "minimize",
     "models",
     "nn",

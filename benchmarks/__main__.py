@@ -26,6 +26,7 @@ from benchmarks import (
     spectral,
     spectral_norm,
     stability,
+    transport,
 )
 from steepest._files import write_atomic
 from steepest.lab.machine import environment
@@ -46,6 +47,7 @@ SUITES = {
     "spectral_norm": spectral_norm,
     "distributed": distributed,
     "averages": averages,
+    "transport": transport,
 }
 
 

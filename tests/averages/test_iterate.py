@@ -93,7 +93,7 @@ def test_float64_and_kahan_sums_hold_where_float32_does_not() -> None:
     emas = [IterateAverage("ema", decay=0.9999), IterateAverage("ema", decay=0.9999, precision="compensated")]
     for _ in range(steps):
         plain += value
-    for _ in range(steps // 5):
+    for _ in range(steps // 10):
         for average in averages + emas:
             average.update(value)
     assert float((plain / steps / value - 1).abs().max()) > 1e-4
@@ -170,12 +170,11 @@ def test_a_mapping_may_change_its_order_and_its_tensors_afterwards() -> None:
     assert torch.equal(average.value()["x"], torch.full((2,), 2.0))
 
 
-@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
-@pytest.mark.parametrize("keep", ["mean", "ema"])
+@pytest.mark.parametrize(("keep", "scale"), [("mean", 1e-150), ("mean", 1e150), ("ema", 1.0)])
 def test_sketches_find_the_top_direction(keep: Any, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     spike = torch.nn.functional.normalize(torch.randn(30, generator=generator, dtype=torch.float64), dim=0)
-    values = path(2000, 30) / 3 + spike * path(2000, 1, seed=1) * 2
+    values = path(1200, 30) / 3 + spike * path(1200, 1, seed=1) * 2
     options: dict[str, Any] = {"decay": 0.998} if keep == "ema" else {}
     exact = averaged(values, keep, second_moment=True, **options)
     for sketch in ("oja", "frequent_directions"):

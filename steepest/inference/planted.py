@@ -1,6 +1,7 @@
 """A planted direction in a tensor with noise, and what the estimates of planted directions share."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,7 +52,7 @@ class TensorPCA:
         dtype: torch.dtype | None = None,
     ) -> None:
         check_int("d", d, 2)
-        check_int("k", k)
+        check_order("k", k)
         _check_samples(n)
         self.d, self.k, self.n, self.exponent = d, k, n, k
         self.theta_star = planted_direction(d, theta_star, generator, dtype)
@@ -184,6 +185,13 @@ def symmetrise(tensor: Tensor) -> Tensor:
         # Symmetric in the first j indices: put the next one into each of the places.
         result = (result + sum(result.transpose(i, j) for i in range(j))) / (j + 1)
     return result.contiguous()
+
+
+def check_order(name: str, k: Any) -> None:
+    """Raise ValueError for a number that is no integer of at least 1, TypeError for something else."""
+    if isinstance(k, float):
+        raise ValueError(f"{name} must be an integer of at least 1, got {k!r}")
+    check_int(name, k)
 
 
 def _check_samples(n: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from steepest._checks import check_int
 from steepest.geometry import sphere
 from steepest.geometry.hermite import HermiteSeries, hermite, information_exponent
-from steepest.inference.planted import ELEMENTS, check_points, planted_direction
+from steepest.inference.planted import ELEMENTS, check_order, check_points, planted_direction
 
 Link = int | HermiteSeries | Callable[[Tensor], Tensor]
 _CACHED = 2**16  # elements of a temporary: they stay in a core's cache
@@ -206,9 +206,9 @@ def link_slope(link: Callable[[Tensor], Tensor], u: Float[Tensor, "*batch"]) -> 
 
 
 def _link(link: Link) -> Callable[[Tensor], Tensor]:
-    if isinstance(link, bool) or not (isinstance(link, int) or callable(link)):
+    if isinstance(link, bool) or not (isinstance(link, int | float) or callable(link)):
         raise TypeError(f"link must be an integer k for h_k, a HermiteSeries or a function, got {link!r}")
-    if isinstance(link, int):
-        check_int("link", link)
+    if isinstance(link, int | float):
+        check_order("link", link)
         return hermite(link)
     return link

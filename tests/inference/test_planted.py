@@ -173,7 +173,7 @@ def test_fresh_samples_and_other_labels() -> None:
     ("make", "error", "message"),
     [
         (lambda: TensorPCA(5, 0, 10), ValueError, "k must"),
-        (lambda: TensorPCA(5, 2.5, 10), TypeError, "k must"),  # type: ignore[arg-type]
+        (lambda: TensorPCA(5, 2.5, 10), ValueError, "k must"),  # type: ignore[arg-type]
         (lambda: TensorPCA(1, 3, 10), ValueError, "d must"),
         (lambda: TensorPCA(5, 3, 0), ValueError, "n must"),
         (lambda: TensorPCA(5, 3, math.nan), ValueError, "n must"),
@@ -181,7 +181,8 @@ def test_fresh_samples_and_other_labels() -> None:
         (lambda: TensorPCA(5, 3, 10, theta_star=torch.zeros(5)), ValueError, "not zero"),
         (lambda: TensorPCA.of(torch.ones(3, 4)), ValueError, "tensor must"),
         (lambda: SingleIndex(5, 0, 10), ValueError, "link"),
-        (lambda: SingleIndex(5, 1.5, 10), TypeError, "link"),  # type: ignore[arg-type]
+        (lambda: SingleIndex(5, 1.5, 10), ValueError, "link"),
+        (lambda: SingleIndex(5, "h3", 10), TypeError, "link"),  # type: ignore[arg-type]
         (lambda: SingleIndex(5, 3, 0), ValueError, "n must"),
         (lambda: SingleIndex(1, 3, 5), ValueError, "d must"),
         (lambda: SingleIndex(5, 3, 5, noise=-1.0), ValueError, "noise"),

@@ -210,5 +210,5 @@ def _link(link: Link) -> Callable[[Tensor], Tensor]:
         raise TypeError(f"link must be an integer k for h_k, a HermiteSeries or a function, got {link!r}")
     if isinstance(link, int | float):
         check_order("link", link)
-        return hermite(link)
+        return hermite(int(link))
     return link

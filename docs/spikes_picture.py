@@ -16,7 +16,7 @@ from steepest.loop import Linear
 from steepest.nn import HardLIF, Population, spiking_mlp
 
 TARGET = Path(__file__).resolve().parent / "assets" / "spikes.png"
-STEPS = 25
+STEPS = 12
 SCALE = 0.25
 DIGITS = (3, 0, 7)
 
@@ -27,9 +27,9 @@ def train(x: Tensor, y: Tensor) -> nn.Sequential:
     model = spiking_mlp([64, 32, 10], STEPS, generator=generator)
     population = Population(model)
     search = EvolutionStrategy(
-        None, population.vector(), population=100, sigma=0.1, lr=Linear(0.05, 0.005, 400), generator=generator
+        None, population.vector(), population=100, sigma=0.1, lr=Linear(0.05, 0.005, 250), generator=generator
     )
-    for _ in range(400):
+    for _ in range(250):
         batch = torch.randint(len(y), (128,), generator=generator)
         search.tell(population.losses(search.ask(), F.cross_entropy, x[batch], y[batch]))
     population.write(search.x)

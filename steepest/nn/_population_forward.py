@@ -42,7 +42,7 @@ class Forward:
     def _module(self, name: str, module: nn.Module, tables: Tables, x: Tensor | Columns) -> Tensor | Columns:
         hooked = module._forward_hooks or module._forward_pre_hooks
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not hooked:
-            for key, child in module.named_children():
+            for key, child in zip(module._modules, module, strict=True):  # a module may stand there twice
                 x = self._module(f"{name}.{key}" if name else key, child, tables, x)
             return x
         searched = any(id(p) in tables for p in module.parameters())

@@ -117,6 +117,20 @@ def test_a_batch_is_its_candidates(name: str, chunk_size: int | None) -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_a_module_may_stand_in_two_places() -> None:
+    layer, activation, x = nn.Linear(4, 4), nn.Tanh(), normal(5, 4)
+    model = nn.Sequential(layer, activation, nn.Linear(4, 4), activation, layer, activation).to(D)
+    population = Population(model)
+    assert population.size == 40
+    weights = population.vector() + 0.5 * normal(3, population.size)
+    torch.testing.assert_close(population.outputs(weights, x), one_by_one(model, population, weights, x))
+    assert population.fallbacks == {}
+    changes = {"0.weight": entries(layer.weight.shape, 6, 2)}
+    torch.testing.assert_close(
+        population.outputs(changes, x), one_by_one(model, population, placed(population, {**changes}), x)
+    )
+
+
 @pytest.mark.parametrize("name", ["batch norm", "convolutions"])
 def test_batch_statistics_are_each_candidates_own_and_change_no_buffer(name: str) -> None:
     model, x = MODELS[name]()

@@ -10,6 +10,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
 from steepest.nn._population_losses import Losses
+from steepest.nn._population_random import same_numbers
 from steepest.nn._population_rules import POINTWISE, RULES
 from steepest.nn.population_changes import Columns, Entries, Span, linear_entries
 
@@ -98,13 +99,13 @@ class Forward:
                 raise
             except RuntimeError:  # the loop raises what is the module's own fault
                 pass
-        state = torch.get_rng_state()
         found = []
-        for i in range(count):
-            torch.set_rng_state(state)
-            own = {key: each[i] if module.training else each.clone() for key, each in buffers.items()}
-            args = arguments if shared else tuple(each[i] for each in arguments)
-            found.append(call({key: each[i] for key, each in batched.items()}, own, args))
+        with same_numbers(next(module.parameters(), torch.empty(0))) as again:
+            for i in range(count):
+                again()
+                own = {key: each[i] if module.training else each.clone() for key, each in buffers.items()}
+                args = arguments if shared else tuple(each[i] for each in arguments)
+                found.append(call({key: each[i] for key, each in batched.items()}, own, args))
         self.fallbacks[key] = "loop"
         return tree_map(lambda *each: torch.stack(each), *found)
 

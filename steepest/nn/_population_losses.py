@@ -17,7 +17,7 @@ class Losses:
     """Applies a loss function to the outputs of all candidates, and remembers which ones vmap cannot take."""
 
     def __init__(self) -> None:
-        self._looped: set[LossFn] = set()
+        self._looped: set[Any] = set()  # by code or type: a function made anew for each batch counts once
 
     def __call__(self, loss_fn: LossFn, outputs: Any, targets: Any) -> Float[Tensor, " b"]:
         """The losses.
@@ -28,7 +28,8 @@ class Losses:
         ignored = _ignored(loss_fn)
         if ignored is not None and _are_logits(outputs, targets):
             return cross_entropy(outputs, targets, ignored)
-        if loss_fn not in self._looped:
+        kind = getattr(loss_fn, "__code__", type(loss_fn))
+        if kind not in self._looped:
             try:
                 return _numbers(vmap(lambda each: loss_fn(each, targets), randomness="same")(outputs), 1)
             except torch.OutOfMemoryError:
@@ -39,7 +40,7 @@ class Losses:
         for i in range(len(tree_leaves(outputs)[0])):
             own = tree_map(lambda each: each[i], outputs)  # noqa: B023
             found.append(_numbers(torch.as_tensor(loss_fn(own, targets)), 0))
-        self._looped.add(loss_fn)
+        self._looped.add(kind)
         return torch.stack(found)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from steepest._checks import check_int
 from steepest.nn._population_forward import Forward, Tables
+from steepest.nn._population_random import same_numbers as _same_numbers
 from steepest.nn.population_changes import Entries, Span
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -291,17 +292,3 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-@contextmanager
-def _same_numbers(like: Tensor) -> Iterator[Callable[[], None]]:
-    """A function that sets torch's random numbers back, so that every chunk sees the same ones."""
-    cuda = torch.cuda.get_rng_state(like.device) if like.device.type == "cuda" else None
-    cpu = torch.get_rng_state()
-
-    def again() -> None:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, like.device)
-
-    yield again

@@ -277,6 +277,24 @@ def test_bad_input() -> None:
         population.outputs(torch.ones(2, 8), torch.ones(1, 4))
 
 
+def test_a_loss_may_be_made_anew_each_time_and_need_not_be_hashable() -> None:
+    population, x, y = Population(nn.Linear(4, 5).to(D)), normal(9, 4), torch.arange(9) % 5
+    weights = normal(3, population.size)
+
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, out: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(out, targets)
+
+    expected = population.losses(weights, F.cross_entropy, x, y)
+    torch.testing.assert_close(population.losses(weights, Unhashable(), x, y), expected)
+    for scale in (1.0, 2.0, 3.0):
+        found = population.losses(weights, lambda o, t, s=scale: torch.tensor(s * float(F.cross_entropy(o, t))), x, y)
+        torch.testing.assert_close(found.to(D), scale * expected, rtol=1e-6, atol=0)
+    assert len(population._forward._losses._looped) == 1
+
+
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=2)])
 def test_cross_entropy_is_torchs(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
     population = Population(nn.Linear(4, 5).to(D))

@@ -33,7 +33,7 @@ def main() -> None:
     figure = Figure(figsize=(11.4, 3.1), layout="constrained")
     panels = figure.subplots(1, len(ETAS) + 1, width_ratios=[1] * len(ETAS) + [1.35])
     for axes, eta in zip(panels, ETAS, strict=False):
-        result = entropic_ot(C, r, c, eta)
+        result = entropic_ot(C, r, c, eta, "sns")
         axes.imshow(result.plan().sqrt(), cmap="Blues", origin="lower", extent=(0, 1, 0, 1))
         axes.set(title=f"eta = {eta:g}, {result.steps} iterations", xticks=[], yticks=[], xlabel="to", ylabel="from")
     sinkhorn = Sinkhorn(C, r, c, ETAS[-1])

@@ -23,7 +23,7 @@ class DenseNewton(TransportStepper):
     Sweeps of Sinkhorn's iteration come first. They go on as long as their rate promises to reach the tolerance within
     100 more; otherwise each step solves $H d = \nabla f$ by a Cholesky factorisation (see `newton_direction`). Each
     problem has its own step length, makes a sweep where no length raises f, and damps its later steps then (as
-    Levenberg and Marquardt do). Problems that are solved rest. For n up to a few hundred this is faster than SNS.
+    Levenberg and Marquardt do). Problems that are solved rest. For n up to about 500 this is faster than SNS.
 
     Between Newton steps a sweep is two products with a plan that was computed once; the scalings are put back into the
     potentials before they leave the range of floats.

@@ -14,6 +14,9 @@ from steepest.transport.result import OTResult
 from steepest.transport.sinkhorn import Sinkhorn
 from steepest.transport.sinkhorn_newton import Damping, SinkhornNewton
 
+# Up to here, on the shorter side, a factorisation takes less time than conjugate gradients.
+DENSE = 400
+
 Method = Literal["auto", "sns", "newton", "sinkhorn"]
 
 
@@ -43,12 +46,12 @@ def entropic_ot(
     faster than any of these.
 
     Args:
-        C: costs, (*batch, n, m), float32 or float64.
+        C: costs, (*batch, n, m), float32 or float64. Digits are lost to a large common constant: subtract it.
         r: row sums, (*batch, n), positive; None: uniform. Batches of C, r and c broadcast.
         c: column sums, (*batch, m), positive, with the same total as r; None: uniform.
         eta: inverse temperature $\eta$, in units of 1 / cost; other packages' `reg` is $1/\eta$.
-        method: "sns" (`SinkhornNewton`, one problem), "newton" (`DenseNewton`), "sinkhorn" (`Sinkhorn`); "auto": "sns"
-            for one problem, "newton" for a batch.
+        method: "sns" (`SinkhornNewton`, one problem), "newton" (`DenseNewton`), "sinkhorn" (`Sinkhorn`); "auto":
+            "newton" for a batch, and for min(n, m) <= 400 unless `keep` or `damping` is given; otherwise "sns".
         n_sinkhorn: sweeps before the first Newton step; None: 20 for "sns", 5 for "newton".
         keep: entries of the plan that "sns" keeps, divided by max(n, m), or "auto".
         max_newton: Newton steps at the wanted temperature, at most.
@@ -89,7 +92,8 @@ def entropic_ot(
     if method == "auto":
         marginals = [each for each in (r, c) if isinstance(each, Tensor)]
         several = getattr(C, "ndim", 2) > 2 or any(each.ndim > 1 for each in marginals)
-        method = "newton" if several else "sns"
+        small = isinstance(C, Tensor) and C.ndim >= 2 and min(C.shape[-2:]) <= DENSE
+        method = "newton" if several or (small and keep == damping == "auto") else "sns"
     stepper: TransportStepper
     shared: dict[str, Any] = {"tol": tol, "warm_start": warm_start, "forbidden": forbidden}
     if method == "sinkhorn":

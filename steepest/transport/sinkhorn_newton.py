@@ -189,7 +189,9 @@ class SinkhornNewton(TransportStepper):
         self, hessian: SparseHessian, gx: Tensor, gy: Tensor, relative: float
     ) -> tuple[Tensor, Tensor, int] | None:
         """The Newton direction and how many CG steps it took; None where the system cannot be solved."""
-        tol = min(1e-2, max(relative, math.sqrt(torch.finfo(gx.dtype).eps)))
+        # As accurate as quadratic convergence needs, but not more than what is left to the tolerance.
+        needed = max(relative, 0.1 * self.rung_tol / relative, math.sqrt(torch.finfo(gx.dtype).eps))
+        tol = min(1e-2, needed)
         if self.augmented:
             gx, gy = self._augment(gx, gy)
             hessian = SparseHessian(

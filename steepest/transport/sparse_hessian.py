@@ -155,8 +155,8 @@ def smallest_support(plan: Float[Tensor, "n m"], dropped: float, cap: int, least
     if not least <= len(candidates) <= cap:
         candidates = largest_entries(plan, min(max(least, len(candidates)), cap))
     values, order = flat[candidates].sort(descending=True)
-    outside = flat.sum() - values.sum()
-    tail = values.flip(0).cumsum(0).flip(0) - values  # mass of the candidates after each one
+    outside = flat.sum() - values.sum() if dropped else 0.0
+    tail = torch.cat([values.flip(0).cumsum(0).flip(0)[1:], values.new_zeros(1)])  # candidates after each one
     needed = int((outside + tail > dropped).sum()) + 1
     return candidates[order[: min(max(needed, least), cap)]]
 

@@ -44,7 +44,7 @@ def same_solution(one: Any, other: Any, atol: float = 1e-8) -> None:
 @pytest.mark.parametrize("eta", [1.0, 40.0, 300.0, 1200.0, 20000.0])
 def test_the_methods_agree_at_every_temperature(eta: float) -> None:
     C, r, c = problem(0, 30, 21)
-    same_solution(entropic_ot(C, r, c, eta), entropic_ot(C, r, c, eta, "newton"))
+    same_solution(entropic_ot(C, r, c, eta, "sns"), entropic_ot(C, r, c, eta, "newton"))
     if eta < 100:
         same_solution(entropic_ot(C, r, c, eta), entropic_ot(C, r, c, eta, "sinkhorn", max_sweeps=3000))
 
@@ -55,7 +55,7 @@ def test_assignments_whose_plans_are_nearly_permutations(n: int, keep: Any) -> N
     from scipy.optimize import linear_sum_assignment
 
     C = assignment(n, 1)
-    result = entropic_ot(C, None, None, 1200.0, keep=keep, tol=1e-11, continuation=False)
+    result = entropic_ot(C, None, None, 1200.0, "sns", keep=keep, tol=1e-11, continuation=False)
     assert result.converged
     exact = float(C[linear_sum_assignment(C.numpy())].sum()) / n
     assert 0 <= float(result.cost) - exact < 2 / 1200
@@ -67,7 +67,7 @@ def test_assignments_whose_plans_are_nearly_permutations(n: int, keep: Any) -> N
 def test_degenerate_costs_need_the_safeguards(options: Any) -> None:
     ot = pytest.importorskip("ot")
     C, r, c = grid(1)
-    result = entropic_ot(C, r, c, 3000.0, **options)
+    result = entropic_ot(C, r, c, 3000.0, "sns", **options)
     assert result.converged
     exact = ot.emd2(r.numpy(), c.numpy(), C.numpy())
     assert float(result.cost) == pytest.approx(exact, abs=1e-4)
@@ -102,6 +102,16 @@ def test_a_batch_is_its_problems_one_by_one() -> None:
                 assert torch.allclose(whole.plan()[i, j], alone.plan(), rtol=0, atol=1e-11)
                 assert torch.allclose(whole.value[i, j], alone.value, rtol=0, atol=1e-11)
     assert entropic_ot(C, r, c, 30.0).method == "newton"
+
+
+def test_the_method_is_chosen_by_the_problem() -> None:
+    C = assignment(12)
+    assert entropic_ot(C, None, None, 5.0).method == "newton"
+    assert entropic_ot(C, None, None, 5.0, keep=5).method == "sns"
+    assert entropic_ot(C, None, None, 5.0, damping="none").method == "sns"
+    wide = torch.zeros(401, 402, dtype=DOUBLE)
+    assert entropic_ot(wide, None, None, 5.0).method == "sns"
+    assert entropic_ot(wide[:400], None, None, 5.0).method == "newton"
 
 
 def test_problems_of_a_batch_do_not_wait_for_each_other() -> None:
@@ -201,7 +211,7 @@ def test_the_augmented_potential_fixes_the_constant(method: Any) -> None:
 
 def test_history_and_plan_views() -> None:
     C, r, c = problem(7, 40, 30)
-    result = entropic_ot(C, r, c, 1200.0)
+    result = entropic_ot(C, r, c, 1200.0, "sns")
     assert [each["iteration"] for each in result.history] == list(range(1, result.steps + 1))
     assert {"stage", "eta", "error", "value", "length", "cg_steps", "kept"} <= set(result.history[0])
     assert {each["stage"] for each in result.history} == {0.0, 1.0}
@@ -308,7 +318,11 @@ def test_single_precision_at_low_temperature_warns() -> None:
 
 def test_no_convergence_is_said() -> None:
     C = assignment(30)
-    for options in ({"method": "sinkhorn", "max_sweeps": 20}, {"method": "newton", "max_newton": 1}, {"max_newton": 1}):
+    for options in (
+        {"method": "sinkhorn", "max_sweeps": 20},
+        {"method": "newton", "max_newton": 1},
+        {"method": "sns", "max_newton": 1},
+    ):
         with pytest.warns(UserWarning, match="the error is"):
             result = entropic_ot(C, None, None, 1200.0, continuation=False, **options)  # type: ignore[arg-type]
         assert result.converged is False

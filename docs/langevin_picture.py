@@ -12,7 +12,8 @@ from steepest.inference import SphericalLangevin, TensorPCA, estimate_from_trace
 TARGET = Path(__file__).resolve().parent / "assets" / "langevin-averaging.png"
 D, STEPS, SEEDS = 30, 3000, 4
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-COLOURS = {"average of all": "#d84315", "single chains": "#90a4ae", "partial trace": "#1565c0", "last iterates": "#90a4ae"}
+GREY = "#90a4ae"
+COLOURS = {"average of all": "#d84315", "single chains": GREY, "partial trace": "#1565c0", "last iterates": GREY}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -64,7 +65,8 @@ def main() -> None:
     for axes in (left, right):
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), frameon=False, loc="lower right" if axes is left else "center right")
+        place = "lower right" if axes is left else "center right"
+        axes.legend(unique.values(), unique.keys(), frameon=False, loc=place)
     figure.savefig(TARGET, dpi=110)
 
 

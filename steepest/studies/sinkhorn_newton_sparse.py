@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steepest.studies._base import Claim, Run
-from steepest.transport import OTResult, Sinkhorn, SinkhornNewton, entropic_ot, sinkhorn_rate
+from steepest.transport import OTResult, Sinkhorn, SinkhornNewton, entropic_ot, sinkhorn_rate, sinkhorn_sweep
 
 COMPONENTS = (
     "steepest.transport.entropic_ot",
@@ -42,7 +42,8 @@ CLAIMS = (
         statement="Sinkhorn's rate is the squared second singular value of the scaled plan, and tends to 1 as eta "
         "grows.",
         reported="rate .89134 on a 3 x 3 problem; sweeps to 1e-12 at eta 200, 600, 1200: 48, 762, 69704 (n = 500)",
-        criterion="measured ratio of errors within 1 % of sigma_2^2 (3 x 3; n = 500, eta 200 and 600, three seeds); "
+        criterion="measured ratio of errors within 1 % of sigma_2^2 (3 x 3; n = 500, eta 200 and 600, three seeds; of "
+        "small errors near the solution); "
         "predicted sweeps at the three eta within 20 % of the known ones (seed 0)",
         judge=lambda m: [
             *(abs(each["measured"] / each["predicted"] - 1) <= 0.01 for each in m["rates"].values()),
@@ -192,6 +193,25 @@ def sweeps(problem: Problem, eta: float, count: int) -> list[float]:
     return errors
 
 
+def local_rate(problem: Problem, solution: OTResult, eta: float, count: int) -> float:
+    """How Sinkhorn's sweep shrinks a small deviation from the solution in the end.
+
+    The deviation is brought back to one size before each sweep: from a distant start, rounding is met before the
+    slowest part is alone.
+    """
+    C, r, c = problem
+    x, y = solution.potentials
+    deviation, ratio = torch.linspace(-1, 1, len(y), dtype=y.dtype), math.nan
+    for _ in range(count):
+        deviation = deviation - (c * deviation).sum() / c.sum()
+        deviation = deviation * (1e-5 / eta / deviation.abs().max())
+        _, moved = sinkhorn_sweep(x, y + deviation, C, r, c, eta)
+        after = moved - y
+        after = after - (c * after).sum() / c.sum()
+        ratio, deviation = float(after.norm() / deviation.norm()), after
+    return ratio
+
+
 def exact_cost(problem: Problem) -> float:
     """The least cost without entropy, by linear programming."""
     from scipy import sparse
@@ -210,10 +230,14 @@ def _rates(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"rates": {}, "sweeps to 1e-12": {}}
 
     def compare(name: str, problem: Problem, eta: float, count: int) -> None:
-        plan = entropic_ot(*problem, eta, tol=1e-12).plan()
+        result = entropic_ot(*problem, eta, tol=1e-12)
         errors = sweeps(problem, eta, count)
         late = [b / a for a, b in itertools.pairwise(errors) if 1e-12 < b < 1e-3]
-        found["rates"][name] = {"measured": late[-1], "predicted": sinkhorn_rate(plan).rate}
+        found["rates"][name] = {
+            "measured": local_rate(problem, result, eta, 600),
+            "last errors": late[-1],
+            "predicted": sinkhorn_rate(result.plan()).rate,
+        }
 
     compare("3 x 3", (C, r, r.flip(0)), 3.0, 100)
     for seed in run.seeds(3):

@@ -1,7 +1,7 @@
 """The candidates of a step of `PolyStep`, some at a time: each differs from the model in few coordinates."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,13 +38,9 @@ class Candidates:
     ) -> None:
         self.parameters, self.names, self.blocks = parameters, names, blocks
         self.particles, self.particle_dim, self.chunk_size = particles, particle_dim, chunk_size
-        touched = [self._touched(i, i + 1) for i in range(particles)] if self._several() else [tuple(blocks)]
-        self._runs = [len(list(run)) for _, run in groupby(touched, key=lambda each: [b.parameter for b in each])]
-        if not self._several():
-            self._runs = [particles]
-
-    def _several(self) -> bool:
-        return len({block.start for block in self.blocks}) > 1
+        bounds = {bound for block in blocks for bound in (block.start, block.stop)}
+        cuts = sorted({0, particles, *(b // particle_dim for b in bounds), *(-(-b // particle_dim) for b in bounds)})
+        self._runs = [last - first for first, last in pairwise(cuts)]  # each changes one set of parameters
 
     def _touched(self, first: int, last: int) -> tuple[Block, ...]:
         low, high = first * self.particle_dim, last * self.particle_dim

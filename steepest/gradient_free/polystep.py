@@ -155,6 +155,11 @@ class PolyStep(Optimizer):
         super().__init__(params, {"lr": lr, "maximize": maximize})
         self._build()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes, so that `copy.deepcopy` of a model and its optimizer gives a pair that goes on."""
+        hooks = {name for name in vars(self) if name.startswith("_optimizer_")}
+        return {**super().__getstate__(), **{name: each for name, each in vars(self).items() if name not in hooks}}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Search more parameters; the subspace is drawn anew.
 

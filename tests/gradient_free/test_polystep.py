@@ -514,3 +514,29 @@ def test_other_inputs_and_losses() -> None:
     loss = NetworkLoss(model, mse_loss).on((INPUTS, torch.tensor(2.0, dtype=DOUBLE)), INPUTS[:, :1])
     values = [float(descent.step(loss)) for _ in range(40)]
     assert values[-1] < 0.1 * values[0]
+
+
+def test_a_copy_of_model_and_optimizer_goes_on_by_itself() -> None:
+    model = small()
+    descent = optimizer(model, momentum=0.5, subspace=LowRank(2), absorb_every=3)
+    descent.step(plain(model))
+    other, again = copy.deepcopy((model, descent))
+    before = vector(model)
+    for _ in range(4):
+        again.step(plain(other))
+    assert torch.equal(vector(model), before)
+    for _ in range(4):
+        descent.step(plain(model))
+    assert torch.equal(vector(model), vector(other))
+
+
+def test_pieces_change_one_set_of_parameters_each() -> None:
+    for p in (1, 2, 3, 8, 40):
+        for subspace in (Full(), Hybrid(rank=1), Linear(5)):
+            candidates = optimizer(small(), subspace=subspace, particle_dim=p)._candidates
+            first = 0
+            for run in candidates._runs:
+                sets = {tuple(b.parameter for b in candidates._touched(i, i + 1)) for i in range(first, first + run)}
+                assert run > 0 and len(sets) == 1
+                first += run
+            assert first == candidates.particles

@@ -77,6 +77,7 @@ def test_steps_by_changes_are_the_steps_by_points() -> None:
     assert fast.evaluations == slow.evaluations == 10 * 16 * 4 and fast.steps == slow.steps
 
 
+@pytest.mark.filterwarnings("ignore:flat landscape")
 def test_it_solves_most_of_a_random_instance() -> None:
     problem = MaxSat(random_3sat(300, generator=seeded()), 300, share=False)
     search = PolyStepSearch(

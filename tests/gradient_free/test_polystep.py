@@ -324,12 +324,12 @@ def test_groups_and_learning_rates() -> None:
     twin = small()
     same = optimizer(twin)
     before = vector(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(descent, 1, gamma=0.5)
     descent.step(plain(model))
     same.step(plain(twin))
     move, other = vector(model) - before, vector(twin) - before
     assert not move[:16].any()
     torch.testing.assert_close(move[16:], 2 * other[16:], atol=1e-12, rtol=0)
-    scheduler = torch.optim.lr_scheduler.StepLR(descent, 1, gamma=0.5)
     scheduler.step()
     assert descent.param_groups[1]["lr"] == 1.0
     extra = nn.Parameter(torch.zeros(3, dtype=DOUBLE))

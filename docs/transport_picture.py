@@ -42,7 +42,7 @@ def main() -> None:
     panels[-1].semilogy(errors, color="#78909c", label="Sinkhorn")
     panels[-1].semilogy(history, color="#d84315", label="SNS, each rung of the ladder")
     panels[-1].set(title=f"error at eta = {ETAS[-1]:g}", xlabel="iteration")
-    panels[-1].legend(frameon=False, loc="center right")
+    panels[-1].legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.6))
     figure.savefig(TARGET, dpi=110)
 
 

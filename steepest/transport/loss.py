@@ -13,8 +13,8 @@ from steepest.transport.newton_system import newton_direction
 
 def ot_loss(
     C: Float[Tensor, "*#batch n m"],
-    r: Float[Tensor, "*#batch n"],
-    c: Float[Tensor, "*#batch m"],
+    r: Float[Tensor, "*#batch n"] | None,
+    c: Float[Tensor, "*#batch m"] | None,
     eta: float,
     **options: Any,
 ) -> Float[Tensor, "*batch"]:
@@ -27,9 +27,9 @@ def ot_loss(
 
     Args:
         C: costs.
-        r: row sums.
-        c: column sums, of the same total. The loss is defined on that set: keep it by construction, for example by
-            a softmax.
+        r: row sums; None: uniform.
+        c: column sums; None: uniform. They have the total of r, and the loss is defined on that set alone: keep it by
+            construction, for example by a softmax.
         eta: inverse temperature.
         options: those of `entropic_ot`.
 
@@ -51,7 +51,8 @@ def ot_loss(
     p = result.problem
     # The broadcasting is part of the graph, so that its gradients are summed.
     C = C.expand(p.C.shape)
-    r, c = r.to(C).expand(p.r.shape), c.to(C).expand(p.c.shape)
+    r = p.r if r is None else r.to(C).expand(p.r.shape)
+    c = p.c if c is None else c.to(C).expand(p.c.shape)
     x, y = result.potentials
     shift = x.mean(-1, keepdim=True)
     return _Value.apply(C, r, c, x - shift, y + shift, p.eta)  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ class OTResult:
         problem: the checked problem.
     """
 
-    potentials: tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]]
+    potentials: tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m"]] = field(repr=False)
     cost: Float[Tensor, "*batch"]
     value: Float[Tensor, "*batch"]
     error: Float[Tensor, "*batch"]

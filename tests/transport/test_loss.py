@@ -70,3 +70,12 @@ def test_a_point_cloud_moves_onto_another() -> None:
         ot_loss((points[:, None] - target).square().sum(-1), uniform, uniform, 50.0, tol=1e-8).backward()
         optimizer.step()
     assert float((points.detach()[:, None] - target).square().sum(-1).amin(0).max()) < 1e-2
+
+
+def test_uniform_marginals_by_default() -> None:
+    C = torch.rand(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    r, c = torch.full((4,), 1 / 4, dtype=C.dtype), torch.full((6,), 1 / 6, dtype=C.dtype)
+    loss = ot_loss(C, None, None, 20.0)
+    assert float(loss) == pytest.approx(float(ot_loss(C, r, c, 20.0)), abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss, C)
+    assert float(gradient.sum()) == pytest.approx(1.0)

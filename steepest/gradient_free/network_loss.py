@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from steepest.nn.population import Inputs, Population, _mode
+from steepest.nn.population import Inputs, Population
 
 
 @runtime_checkable
@@ -56,6 +56,7 @@ class NetworkLoss:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of output and targets, got {loss_fn!r}")
         self.population = Population(model, train=train)
+        self.names = {id(model.get_parameter(name)): name for name in self.population.names}
         self.loss_fn = loss_fn
 
     def on(self, inputs: Inputs, targets: Any = None) -> "BatchLoss":
@@ -78,20 +79,18 @@ class BatchLoss:
 
     def __call__(self, weights: Mapping[str, Float[Tensor, "b ..."]]) -> Float[Tensor, " b"]:
         """Losses of candidates given by the names of the parameters; one that is not named has its present value."""
-        known = dict(self.network.population.model.named_parameters(remove_duplicate=False))
+        population = self.network.population
+        known = dict(population.model.named_parameters(remove_duplicate=False))
         if unknown := [name for name in weights if name not in known]:
             raise ValueError(f"the model has no parameter {unknown[0]!r}, only {', '.join(known)}")
         return self.changed({id(known[name]): each for name, each in weights.items()})
 
     def changed(self, tables: Mapping[int, Tensor]) -> Float[Tensor, " b"]:
         """See `TakesChanges`."""
-        population = self.network.population
-        forward = population._forward
-        with torch.no_grad(), _mode(population.model, population.train), self._same_numbers(tables):
-            outputs = forward(tables, self.inputs)
-            if _plain_cross_entropy(self.network.loss_fn, outputs, self.targets):
-                return batched_cross_entropy(outputs, self.targets)
-            return forward.losses(self.network.loss_fn, outputs, self.targets)
+        network = self.network
+        named = {network.names[identity]: each for identity, each in tables.items()}
+        with self._same_numbers(tables):
+            return network.population.losses(named, network.loss_fn, self.inputs, self.targets)
 
     @contextmanager
     def _same_numbers(self, tables: Mapping[int, Tensor]) -> Iterator[None]:
@@ -117,30 +116,3 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-def _plain_cross_entropy(loss_fn: Any, outputs: Any, targets: Any) -> bool:
-    """Whether the loss is the mean cross-entropy of logits (b, n, classes) with class numbers (n,)."""
-    if isinstance(loss_fn, nn.CrossEntropyLoss):
-        usual = type(loss_fn) is nn.CrossEntropyLoss and loss_fn.weight is None and loss_fn.reduction == "mean"
-        if not usual or loss_fn.label_smoothing or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
-            return False
-        ignored = loss_fn.ignore_index
-    elif loss_fn is nn.functional.cross_entropy:
-        ignored = -100
-    else:
-        return False
-    tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
-    if not tensors or outputs.ndim != 3 or targets.shape != outputs.shape[1:2] or targets.dtype != torch.int64:
-        return False
-    known = (targets >= 0) & (targets < outputs.shape[2]) & (targets != ignored)
-    return outputs.dtype in (torch.float32, torch.float64) and targets.numel() > 0 and bool(known.all())
-
-
-def batched_cross_entropy(logits: Float[Tensor, "b n classes"], targets: Int[Tensor, " n"]) -> Float[Tensor, " b"]:
-    """The mean cross-entropy of each candidate. Classes come before samples: torch reduces over few classes slowly."""
-    z = logits.transpose(1, 2).contiguous()
-    chosen = z.gather(1, targets.expand(len(z), 1, -1)).squeeze(1)
-    largest = z.amax(1)
-    total = (z - largest.unsqueeze(1)).exp_().sum(1).log_()
-    return (total + largest - chosen).mean(1)

@@ -126,7 +126,8 @@ def barycentric_step(
         weights: W, non-negative.
         radius: r.
     """
-    return x + _displacement(_rotated(rotations, vertices), weights, torch.as_tensor(radius, dtype=x.dtype, device=x.device))
+    length = torch.as_tensor(radius, dtype=x.dtype, device=x.device)
+    return x + _displacement(_rotated(rotations, vertices), weights, length)
 
 
 def _rotated(rotations: Tensor, vertices: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from steepest.gradient_free import CMAES, SPSA, EvolutionStrategy, Hybrid, NetworkLoss, PolyStep, Search
-from steepest.gradient_free.network_loss import batched_cross_entropy
 from steepest.loop.schedules import Linear
 from steepest.nn import Population, Staircase, spiking_mlp, surrogate_twin
 
@@ -88,7 +87,7 @@ def searched(
     start = time.perf_counter()
     for _ in range(steps):
         x, y = next(batches)
-        search.tell(batched_cross_entropy(population.outputs(search.ask(), x), y))
+        search.tell(population.losses(search.ask(), cross_entropy, x, y))
     seconds = time.perf_counter() - start
     population.write(getattr(search, "x", search.best))
     return {"test": data.accuracy(model), "evaluations": search.evaluations, "seconds": seconds}

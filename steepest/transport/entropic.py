@@ -15,7 +15,7 @@ from steepest.transport.sinkhorn import Sinkhorn
 from steepest.transport.sinkhorn_newton import Damping, SinkhornNewton
 
 # Up to here, on the shorter side, a factorisation takes less time than conjugate gradients.
-DENSE = 400
+DENSE = 1000
 
 Method = Literal["auto", "sns", "newton", "sinkhorn"]
 
@@ -51,7 +51,7 @@ def entropic_ot(
         c: column sums, (*batch, m), positive, with the same total as r; None: uniform.
         eta: inverse temperature $\eta$, in units of 1 / cost; other packages' `reg` is $1/\eta$.
         method: "sns" (`SinkhornNewton`, one problem), "newton" (`DenseNewton`), "sinkhorn" (`Sinkhorn`); "auto":
-            "newton" for a batch, and for min(n, m) <= 400 unless `keep` or `damping` is given; otherwise "sns".
+            "newton" for a batch, and for min(n, m) <= 1000 unless `keep` or `damping` is given; otherwise "sns".
         n_sinkhorn: sweeps before the first Newton step; None: 20 for "sns", 5 for "newton".
         keep: entries of the plan that "sns" keeps, divided by max(n, m), or "auto".
         max_newton: Newton steps at the wanted temperature, at most.

@@ -109,9 +109,9 @@ def test_the_method_is_chosen_by_the_problem() -> None:
     assert entropic_ot(C, None, None, 5.0).method == "newton"
     assert entropic_ot(C, None, None, 5.0, keep=5).method == "sns"
     assert entropic_ot(C, None, None, 5.0, damping="none").method == "sns"
-    wide = torch.zeros(401, 402, dtype=DOUBLE)
+    wide = torch.zeros(1001, 1002, dtype=DOUBLE)
     assert entropic_ot(wide, None, None, 5.0).method == "sns"
-    assert entropic_ot(wide[:400], None, None, 5.0).method == "newton"
+    assert entropic_ot(wide[:1000], None, None, 5.0).method == "newton"
 
 
 def test_problems_of_a_batch_do_not_wait_for_each_other() -> None:

@@ -487,7 +487,7 @@ def test_bad_network_losses() -> None:
 @pytest.mark.parametrize("loss_fn", [
     cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(ignore_index=1),
     nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0], dtype=DOUBLE)),
-], ids=repr)  # fmt: skip
+], ids=["function", "module", "sum", "ignored", "smoothed", "weighted"])  # fmt: skip
 def test_the_fast_cross_entropy_is_the_cross_entropy(loss_fn: Any) -> None:
     model = small()
     outputs = NetworkLoss(model, loss_fn).on(INPUTS, CLASSES)

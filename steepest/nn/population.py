@@ -111,7 +111,7 @@ class Population:
             TypeError: the model's output is not a tensor.
         """
         count = self._checked(weights)
-        parts = list(self._chunks(weights, count, inputs, shared))
+        parts = self._in_chunks(weights, count, inputs, shared, lambda part: part)
         if not isinstance(parts[0], Tensor):
             raise TypeError(
                 f"the model's output must be a tensor, got {type(parts[0]).__name__}; `losses` takes others"
@@ -138,7 +138,7 @@ class Population:
             ValueError: `weights` does not end in d, or `loss_fn` does not give one number.
         """
         count = self._checked(weights)
-        parts = [self._forward.losses(loss_fn, part, targets) for part in self._chunks(weights, count, inputs, True)]
+        parts = self._in_chunks(weights, count, inputs, True, lambda part: self._forward.losses(loss_fn, part, targets))
         found = torch.cat(parts)[:count]
         return found.reshape(weights.shape[:-1]) if isinstance(weights, Tensor) else found
 
@@ -196,8 +196,10 @@ class Population:
             raise ValueError(f"weights must have as many candidates for every parameter, got {counts}")
         return next(iter(counts.values()))
 
-    def _chunks(self, weights: Tensor | Changes, count: int, inputs: Inputs, shared: bool) -> Iterator[Any]:
-        """The outputs, some candidates at a time; at least one candidate, so that empty input keeps its shape."""
+    def _in_chunks(
+        self, weights: Tensor | Changes, count: int, inputs: Inputs, shared: bool, take: Callable[[Any], Any]
+    ) -> list[Any]:
+        """`take` of the outputs, some candidates at a time; at least one, so that empty input keeps its shape."""
         own = inputs if isinstance(inputs, Tensor) and not shared else None
         if not shared and (own is None or own.ndim < 1 or len(own) != count):
             found = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
@@ -208,12 +210,14 @@ class Population:
         group = 1 if isinstance(weights, Tensor) else _common(weights)
         chunk = max(self.chunk_size or self._automatic(inputs), group) // group * group
         like = next(iter(self._parameters.values()))
+        found = []
         with torch.no_grad(), _mode(self.model, self.train), _same_numbers(like) as again:
             for start in range(0, max(count, 1), chunk):
                 stop = min(start + chunk, max(count, 1))
                 again()
                 tables = self._tables(weights, start, stop)
-                yield self._forward(tables, inputs if own is None else own[start:stop], own is None)
+                found.append(take(self._forward(tables, inputs if own is None else own[start:stop], own is None)))
+        return found
 
     def _tables(self, weights: Tensor | Changes, start: int, stop: int) -> Tables:
         """Candidates cut into parameters, by the identity of the parameter."""

@@ -466,3 +466,15 @@ def test_changes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"coefficients \(groups, m, w\)"):
         Span(torch.ones(2, 3, 2), torch.ones(2, 4, 2))
     assert population.outputs({"bias": torch.ones(0, 2)}, x).shape == (0, 1, 2)
+
+
+def test_a_loss_that_raises_leaves_gradients_on_and_the_mode_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)).train()
+    population = Population(model, chunk_size=1)
+
+    def fail(output: Tensor, target: Tensor) -> Tensor:
+        raise ArithmeticError("mine")
+
+    with pytest.raises(ArithmeticError) as kept:  # the traceback keeps all frames alive
+        population.losses(population.vector().repeat(3, 1), fail, torch.ones(2, 3), torch.ones(2))
+    assert torch.is_grad_enabled() and all(module.training for module in model.modules()), kept

@@ -59,10 +59,10 @@ class EvolutionStrategy(Search):
         ...     lambda x: (x - 1).square().sum(-1),
         ...     torch.zeros(5),
         ...     sigma=0.1,
-        ...     lr=0.2,
+        ...     lr=0.02,
         ...     generator=torch.Generator().manual_seed(0),
         ... )
-        >>> _ = search.run(100, progress=False)
+        >>> _ = search.run(200, progress=False)
         >>> bool((search.x - 1).norm() < 0.1)
         True
     """
